@@ -1,0 +1,57 @@
+"""Where things are in a guest's physical address space, and which ports and GSIs they use.
+
+Source: the memory map of Cloud Hypervisor 0.3, which guests and tests know.
+"""
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+PAGE_SIZE = 4 * KIB
+
+# Below 1 MiB: what the boot protocols hand over. Addresses are GPAs.
+GDT = 0x500
+IDT = 0x520
+PVH_START_INFO = 0x6000  # hvm_start_info, then its module list and memory map
+PVH_START_INFO_SIZE = 0x1000
+ZERO_PAGE = 0x7000  # boot_params
+BOOT_STACK_TOP = 0x8FF0
+PML4 = 0x9000
+PDPT = 0xA000
+PAGE_DIRECTORY = 0xB000
+CMDLINE = 0x20000
+CMDLINE_MAX = 64 * KIB  # bytes, the NUL included
+LOW_RAM_END = 0xA0000  # e820 lists RAM up to here (less the MP table), then from 1 MiB
+ACPI_TABLES = 0xA0000  # the RSDP is the first of them; the RAM here is not in the e820 map
+ACPI_TABLES_SIZE = 0x60000
+HIGH_RAM = 0x100000  # kernels start here or above
+
+# The hole below 4 GiB.
+RAM_32BIT_END = 3 * GIB
+PCI_MMIO_32BIT = 0xC0000000
+PCI_MMIO_32BIT_SIZE = 640 * MIB
+PCI_MMCONFIG = 0xE8000000
+PCI_MMCONFIG_SIZE = 256 * MIB
+IOAPIC = 0xFEC00000
+LOCAL_APIC = 0xFEE00000
+KVM_IDENTITY_MAP = 0xFFFBC000  # one page, used by KVM on Intel only
+KVM_TSS = 0xFFFBD000  # three pages, likewise
+RAM_64BIT = 4 * GIB  # RAM beyond 3 GiB goes on here; devices live above its end
+
+# Ports.
+PORT_I8042 = 0x60  # 0x60 to 0x64; 0x61 is the NMI status port
+PORT_CMOS = 0x70  # index, then data
+PORT_DEBUG = 0x80
+PORT_COM1 = 0x3F8
+PORT_POWER = 0x3C0  # ACPI sleep control, sleep status and reset register in one
+PORT_PVPANIC = 0x505
+
+# GSIs: the IOAPIC has pins 0 to 23, message-signalled interrupts come after.
+IOAPIC_PINS = 24
+GSI_COM1 = 4
+GSI_FIRST_PIN = 5
+GSI_FIRST_MSI = 24
+
+
+def ram_ranges(size: int) -> list[tuple[int, int]]:
+    """The (GPA, bytes) of each RAM region of a guest with ``size`` bytes: one, or two around the hole."""
+    if size <= RAM_32BIT_END:
+        return [(0, size)]
+    return [(0, RAM_32BIT_END), (RAM_64BIT, size - RAM_32BIT_END)]

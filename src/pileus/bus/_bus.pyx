@@ -1,0 +1,172 @@
+"""The bus: which device answers an address. Looked up on every exit, without the GIL."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+ctypedef int (*RawRead)(void *, uint64_t, uint8_t *, uint32_t) noexcept nogil
+ctypedef int (*RawWrite)(void *, uint64_t, const uint8_t *, uint32_t) noexcept nogil
+
+
+cdef class Device:
+    """Something that answers reads and writes at offsets within the range it is inserted at."""
+
+    cdef int bus_read(self, uint64_t offset, uint8_t *data, uint32_t size) noexcept nogil:
+        return 0
+
+    cdef int bus_write(self, uint64_t offset, const uint8_t *data, uint32_t size) noexcept nogil:
+        return 0
+
+
+cdef class PythonDevice(Device):
+    """A device whose ``read`` and ``write`` are Python: the vCPU takes the GIL to call them."""
+
+    def read(self, offset, size):
+        return (1 << (8 * size)) - 1
+
+    def write(self, offset, size, value):
+        pass
+
+    cdef int bus_read(self, uint64_t offset, uint8_t *data, uint32_t size) noexcept nogil:
+        cdef uint64_t value
+        with gil:
+            try:
+                value = self.read(offset, size) & <uint64_t>0xFFFFFFFFFFFFFFFF
+            except BaseException as error:
+                self.error = error
+                return -1
+        memcpy(data, &value, size)
+        return 0
+
+    cdef int bus_write(self, uint64_t offset, const uint8_t *data, uint32_t size) noexcept nogil:
+        cdef uint64_t value = 0
+        memcpy(&value, data, size)
+        with gil:
+            try:
+                self.write(offset, size, value)
+            except BaseException as error:
+                self.error = error
+                return -1
+        return 0
+
+
+# A Range holds its device as a bare pointer, because a reference cannot be taken without the GIL.
+cdef int _read_device(Device device, uint64_t offset, uint8_t *data, uint32_t size) noexcept nogil:
+    return device.bus_read(offset, data, size)
+
+
+cdef int _write_device(Device device, uint64_t offset, const uint8_t *data, uint32_t size) noexcept nogil:
+    return device.bus_write(offset, data, size)
+
+
+cdef RawRead read_device = <RawRead>_read_device
+cdef RawWrite write_device = <RawWrite>_write_device
+
+
+cdef Range *_find(Table *table, uint64_t address, uint32_t size) noexcept nogil:
+    """The range that holds all of [address, address + size), or NULL."""
+    cdef size_t low = 0, high, middle
+    cdef Range *found
+    high = table.count
+    while low < high:
+        middle = (low + high) // 2
+        found = &table.ranges[middle]
+        if address < found.base:
+            high = middle
+        elif address > found.last:
+            low = middle + 1
+        elif size - 1 > found.last - address:
+            return NULL
+        else:
+            return found
+    return NULL
+
+
+cdef class Bus:
+    """Ports or MMIO: an ordered set of ranges, each with its device.
+
+    ``insert`` and ``remove`` publish a new table; a vCPU that is still reading the old one is safe,
+    since tables and removed devices live as long as the bus.
+    """
+
+    def __cinit__(self, str name):
+        self.name = name
+        self.ranges = {}
+        self.retired = []
+        self.table = NULL
+        self._publish()
+
+    def __dealloc__(self):
+        cdef Table *older
+        while self.table != NULL:
+            older = self.table.older
+            free(self.table)
+            self.table = older
+
+    cdef _publish(self):
+        cdef size_t count = len(self.ranges), index = 0
+        cdef Table *table = <Table *>malloc(sizeof(Table) + count * sizeof(Range))
+        if table == NULL:
+            raise MemoryError
+        table.count = count
+        table.older = self.table
+        for base, (size, device) in sorted(self.ranges.items(), key=lambda item: item[0]):
+            table.ranges[index].base = base
+            table.ranges[index].last = base + size - 1
+            table.ranges[index].device = <void *>device
+            index += 1
+        self.table = table
+
+    def insert(self, base, size, Device device not None):
+        """Let ``device`` answer [base, base + size). Raises ValueError where another one already does."""
+        if size <= 0 or base < 0 or base + size > 1 << 64:
+            raise ValueError(f"{self.name}: no range at {base:#x} of {size:#x} bytes")
+        for other, (other_size, _) in self.ranges.items():
+            if base < other + other_size and other < base + size:
+                raise ValueError(f"{self.name}: {base:#x} + {size:#x} overlaps {other:#x} + {other_size:#x}")
+        self.ranges[base] = (size, device)
+        self._publish()
+
+    def remove(self, base):
+        """Nothing answers at ``base`` any more. Raises KeyError if nothing did."""
+        self.retired.append(self.ranges.pop(base)[1])
+        self._publish()
+
+    def take_error(self):
+        """The first exception that a Python device of this bus raised and that nobody took yet, or None."""
+        for _, device in self.ranges.values():
+            if isinstance(device, PythonDevice) and (<PythonDevice>device).error is not None:
+                error = (<PythonDevice>device).error
+                (<PythonDevice>device).error = None
+                return error
+        return None
+
+    cdef int read(self, uint64_t address, uint8_t *data, uint32_t size) noexcept nogil:
+        """Fill ``data``; with ones where nothing answers, as a floating bus reads."""
+        cdef Range *found = _find(self.table, address, size)
+        memset(data, 0xFF, size)
+        if found == NULL:
+            return 0
+        return read_device(found.device, address - found.base, data, size)
+
+    cdef int write(self, uint64_t address, const uint8_t *data, uint32_t size) noexcept nogil:
+        cdef Range *found = _find(self.table, address, size)
+        if found == NULL:
+            return 0
+        return write_device(found.device, address - found.base, data, size)
+
+    def load(self, uint64_t address, uint32_t size):
+        """What the guest would read: for tests and for devices that bridge to this bus."""
+        cdef uint64_t value = 0
+        if not 1 <= size <= 8:
+            raise ValueError(f"{self.name}: an access is 1 to 8 bytes, not {size}")
+        if self.read(address, <uint8_t *>&value, size) < 0:
+            raise self.take_error()
+        return value
+
+    def store(self, uint64_t address, uint32_t size, uint64_t value):
+        """What a guest's write would do."""
+        if not 1 <= size <= 8:
+            raise ValueError(f"{self.name}: an access is 1 to 8 bytes, not {size}")
+        if self.write(address, <const uint8_t *>&value, size) < 0:
+            raise self.take_error()

@@ -1,0 +1,78 @@
+"""The control loop: file descriptors, and calls that wait for their time. One thread, level-triggered epoll."""
+
+import select
+import time
+from collections.abc import Callable
+
+READABLE = select.EPOLLIN
+WRITABLE = select.EPOLLOUT
+
+
+class Timer:
+    """A call that is due; ``cancel`` makes it not happen."""
+
+    __slots__ = ("call", "due")
+
+    def __init__(self, due: float, call: Callable[[], None]) -> None:
+        self.due = due
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        self.call = None
+
+
+class Loop:
+    """Calls back when a watched fd is ready or a timer is due. All callbacks run on the loop's thread."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._watched: dict[int, Callable[[int], None]] = {}
+        self._timers: list[Timer] = []
+        self._running = False
+
+    def watch(self, fd: int, events: int, call: Callable[[int], None]) -> None:
+        """Call ``call(ready_events)`` whenever ``fd`` has one of ``events`` (or an error or a hang-up)."""
+        self._epoll.register(fd, events)
+        self._watched[fd] = call
+
+    def change(self, fd: int, events: int) -> None:
+        """Wait for other ``events`` of a watched fd; 0 leaves errors and hang-ups only."""
+        self._epoll.modify(fd, events)
+
+    def unwatch(self, fd: int) -> None:
+        """Forget ``fd``: call this before closing it. Nothing happens if it is not watched."""
+        if self._watched.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def after(self, seconds: float, call: Callable[[], None]) -> Timer:
+        """Call ``call()`` once, ``seconds`` from now."""
+        timer = Timer(time.monotonic() + seconds, call)
+        self._timers.append(timer)
+        self._timers.sort(key=lambda each: each.due)
+        return timer
+
+    def run(self) -> None:
+        """Serve until ``stop``."""
+        self._running = True
+        while self._running:
+            for fd, events in self._epoll.poll(self._patience()):
+                if (call := self._watched.get(fd)) is not None:
+                    call(events)
+            self._call_due()
+
+    def stop(self) -> None:
+        """Let ``run`` return once the present callback is over."""
+        self._running = False
+
+    def close(self) -> None:
+        self._epoll.close()
+
+    def _patience(self) -> float:
+        """Seconds until the next timer, or -1 for ever."""
+        return max(0.0, self._timers[0].due - time.monotonic()) if self._timers else -1
+
+    def _call_due(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0].due <= now:
+            if (call := self._timers.pop(0).call) is not None:
+                call()
