@@ -151,4 +151,4 @@ def _up(size: int, step: int) -> int:
 def _clear(memory: "GuestMemory", gpa: int, size: int) -> None:
     for at in range(0, size, len(ZEROS)):
         length = min(len(ZEROS), size - at)
-        memory.view(gpa + at, length)[:] = ZEROS[:length]
+        memory.write(gpa + at, ZEROS[:length])

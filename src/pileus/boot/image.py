@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class GuestMemory(Protocol):
-        """What loading needs of a guest's memory; all addresses are GPAs of RAM."""
+        """What loading needs of :class:`pileus.memory.GuestMemory`."""
 
-        size: int
-        ranges: list[tuple[int, int]]
-
-        def view(self, gpa: int, size: int) -> memoryview: ...
-        def write(self, gpa: int, data: bytes) -> None: ...
+        @property
+        def size(self) -> int: ...
+        @property
+        def ranges(self) -> list[tuple[int, int]]: ...
+        def write(self, gpa: int, data: bytes | memoryview) -> None: ...
         def load_file(self, gpa: int, fd: int, offset: int, length: int) -> None: ...
 
 

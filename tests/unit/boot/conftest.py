@@ -31,7 +31,7 @@ class FakeMemory:
                 return memoryview(region)[gpa - base : gpa - base + size]
         raise AssertionError(f"{gpa:#x}, {size:#x} bytes: outside RAM")
 
-    def write(self, gpa: int, data: bytes) -> None:
+    def write(self, gpa: int, data: bytes | memoryview) -> None:
         self.view(gpa, len(data))[:] = data
 
     def read(self, gpa: int, size: int) -> bytes:
