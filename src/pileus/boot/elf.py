@@ -13,7 +13,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pileus.boot.image import GuestMemory
 
-MAGIC = b"\x7fELF"
 HEADER = Struct("<16s HHI QQQ I HHHHHH")
 PROGRAM_HEADER = Struct("<II QQQ QQQ")  # type, flags, offset, vaddr, paddr, filesz, memsz, align
 NOTE = Struct("<III")  # name size, descriptor size, type

@@ -10,10 +10,13 @@ for it, so that it takes no ISA interrupt for granted and skips the check of a t
 Source: Intel MultiProcessor Specification 1.4, 4 (MP Configuration Table).
 """
 
-from collections.abc import Sequence
 from struct import pack
 
 from pileus.arch.x86_64 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_CPUS = 254  # an APIC id has 8 bits, 255 addresses all, and the IOAPIC has an id too
 SPECIFICATION_1_4 = 4
@@ -29,7 +32,7 @@ ALL_APICS = 0xFF
 POINTER_SIZE, HEADER_SIZE = 16, 44
 
 
-def build(apic_ids: Sequence[int]) -> list[tuple[int, bytes]]:
+def build(apic_ids: "Sequence[int]") -> list[tuple[int, bytes]]:
     """The floating pointer and the table for these CPUs, with the GPA they were made for.
 
     The first CPU boots. Those that the table cannot name, past 254 or with an APIC id above 254, are left
@@ -54,7 +57,7 @@ def _table(entries: list[bytes]) -> bytes:
     return _sealed(header + body, 7)
 
 
-def _entries(apic_ids: Sequence[int]) -> list[bytes]:
+def _entries(apic_ids: "Sequence[int]") -> list[bytes]:
     """In the order of their types, as the specification wants them."""
     ioapic = _free_id(apic_ids)
     cpus = (
@@ -74,7 +77,7 @@ def _entries(apic_ids: Sequence[int]) -> list[bytes]:
     ]
 
 
-def _free_id(apic_ids: Sequence[int]) -> int:
+def _free_id(apic_ids: "Sequence[int]") -> int:
     """The lowest id that no CPU has: the IOAPIC needs one of its own."""
     taken = set(apic_ids)
     return next(each for each in range(ALL_APICS) if each not in taken)

@@ -5,15 +5,18 @@ Source: ACPI 6.3, 5.2.11.1 (DSDT), 8.4 (Declaring Processors), 7.4.2 (\\_Sx); QE
 
 from pileus.arch.x86_64 import layout
 from pileus.arch.x86_64.acpi.aml import device, eisa_id, name, package, scope
-from pileus.arch.x86_64.acpi.machine import Machine
 from pileus.arch.x86_64.acpi.resources import interrupt, io, resource_template
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pileus.arch.x86_64.acpi.machine import Machine
 
 S5_SLEEP_TYPE = 5
 ABSENT = 0
 PRESENT = 0xF  # present, enabled, shown, working
 
 
-def encode(machine: Machine) -> bytes:
+def encode(machine: "Machine") -> bytes:
     """The terms of the DSDT, without its header."""
     devices = [_vcpus(machine), _rtc(), _pvpanic(), *machine.devices]
     if machine.serial:
@@ -21,7 +24,7 @@ def encode(machine: Machine) -> bytes:
     return scope("\\_SB", *devices) + name("\\_S5", package(S5_SLEEP_TYPE))
 
 
-def _vcpus(machine: Machine) -> bytes:
+def _vcpus(machine: "Machine") -> bytes:
     """One processor device per vCPU, tied to its MADT entry by ``_UID``; those to come are absent."""
     hid = name("_HID", "ACPI0007")
     absent = name("_STA", ABSENT)

@@ -1,6 +1,8 @@
 """What the ACPI tables and the MP table need to know of a machine."""
 
-from collections.abc import Sequence
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Machine:
@@ -14,12 +16,12 @@ class Machine:
 
     def __init__(
         self,
-        apic_ids: Sequence[int],
+        apic_ids: "Sequence[int]",
         boot_vcpus: int | None = None,
         *,
         serial: bool = True,
-        devices: Sequence[bytes] = (),
-        tables: Sequence[bytes] = (),
+        devices: "Sequence[bytes]" = (),
+        tables: "Sequence[bytes]" = (),
         mmconfig: tuple[int, int] | None = None,
     ) -> None:
         self.apic_ids = apic_ids

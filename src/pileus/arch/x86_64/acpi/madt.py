@@ -6,7 +6,10 @@ Source: ACPI 6.3, 5.2.12 (Multiple APIC Description Table).
 from struct import pack
 
 from pileus.arch.x86_64 import layout
-from pileus.arch.x86_64.acpi.machine import Machine
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pileus.arch.x86_64.acpi.machine import Machine
 
 REVISION = 5
 LOCAL_APIC_TYPE, IOAPIC_TYPE, OVERRIDE_TYPE, LOCAL_NMI_TYPE = 0, 1, 2, 4
@@ -17,7 +20,7 @@ ALL_PROCESSORS, ALL_X2APIC_PROCESSORS = 0xFF, 0xFFFFFFFF
 NMI_PIN = 1  # LINT1
 
 
-def encode(machine: Machine) -> bytes:
+def encode(machine: "Machine") -> bytes:
     """The MADT without its header. No 8259 is reported: interrupts come by the IOAPIC and by message."""
     entries = [pack("<II", layout.LOCAL_APIC, 0)]
     for index, apic_id in enumerate(machine.apic_ids):
