@@ -13,7 +13,7 @@ from pileus.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pileus.config.declare import Struct
-    from pileus.config.model import CpusConfig, MemoryConfig, SerialConfig, VmConfig, VmmConfig
+    from pileus.config.model import MemoryConfig, SerialConfig, VmConfig, VmmConfig
 
 MIN_MEMORY = 2 * MIB  # what boot protocols use below 1 MiB, and the least of kernels above
 PAGE_SIZE = 4 * KIB
@@ -30,7 +30,7 @@ def check(config: VmmConfig) -> None:
 
 
 def check_vm(vm: VmConfig) -> None:
-    """Judge one VM, from the command line or the API. Raises ConfigError for the first rule that is broken."""
+    """Judge one VM, from the command line or the API. Raises ConfigError for the first broken rule."""
     for rule in RULES:
         rule(vm)
 
@@ -103,9 +103,8 @@ def _terminals(vm: VmConfig) -> None:
         allowed = "--serial is tty too, and there is one terminal; make one of them off, null, pty or a file"
         raise ConfigError("--console", "tty", allowed)
     if vm.serial.path is not None and vm.serial.path == vm.console.path:
-        raise ConfigError(
-            "--console", shown(vm.console.path), "--serial has this path too; each needs its own"
-        )
+        allowed = "--serial has this path too; each needs its own"
+        raise ConfigError("--console", shown(vm.serial.path), allowed)
 
 
 def _terminal(option: str, terminal: SerialConfig) -> None:
@@ -115,9 +114,8 @@ def _terminal(option: str, terminal: SerialConfig) -> None:
         if terminal.mode == key and path is None:
             raise ConfigError(option, key, f"write {key}=PATH")
         if terminal.mode != key and path is not None:
-            raise ConfigError(
-                option, shown(f"{terminal.mode},{key}={path}"), f"only one of {terminal.mode} and {key}="
-            )
+            allowed = f"only one of {terminal.mode} and {key}= is possible"
+            raise ConfigError(option, shown(f"{terminal.mode},{key}={path}"), allowed)
 
 
 def _page_size(memory: MemoryConfig) -> int:

@@ -23,8 +23,10 @@ SHOWN = 100  # characters of a value that an error repeats
 
 def parse(struct: type[S], option: str, text: str) -> S:
     """The ``struct`` that ``text`` describes. Raises ConfigError in the name of ``option``."""
-    given = dict(_item(struct, option, piece) for piece in _pieces(option, text))
-    values = {key: _value(struct.fields[key], option, raw) for key, raw in given.items() if raw}
+    given = {_key(struct, option, piece): piece for piece in _pieces(option, text)}
+    values = {
+        key: _value(struct.fields[key], option, piece) for key, piece in given.items() if piece[-1] != "="
+    }
     for field in map(struct.fields.__getitem__, given):
         if field.implies is not None:
             values.setdefault(*field.implies)
@@ -76,8 +78,8 @@ def quote(value: str) -> str:
 
 
 def shown(text: str) -> str:
-    """``text`` short enough to stand in an error."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text)} characters)"
+    """``text`` as it can stand in an error: visible where empty, and short."""
+    return (text or '""') if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
 def _pieces(option: str, text: str) -> list[str]:
@@ -87,30 +89,34 @@ def _pieces(option: str, text: str) -> list[str]:
         raise ConfigError(option, shown(text), f"{error}; put a value that holds [ or ] in quotes") from None
     if not all(piece.strip() for piece in pieces):
         where = "an item between two commas" if text.strip() else "the value"
-        raise ConfigError(option, shown(text) or '""', f"{where} is empty; write key=value,key=value")
+        raise ConfigError(option, shown(text), f"{where} is empty; write key=value,key=value")
     return pieces
 
 
-def _item(struct: type[Struct], option: str, piece: str) -> tuple[str, str]:
-    """The key and the raw value of one piece."""
+def _cut(piece: str) -> tuple[str | None, str]:
+    """The key of ``piece``, None where it has none, and the raw value."""
     key, equals, raw = piece.partition("=")
-    if not equals or '"' in key:
-        key, raw = struct.bare or "", piece
-        if not key:
-            raise ConfigError(option, shown(piece), f"write key=value; keys are {', '.join(struct.fields)}")
-    key = key.strip()
-    if key not in struct.fields:
-        problem = f"there is no key {shown(key)}" if key else "the key before = is missing"
-        raise ConfigError(option, shown(piece), f"{problem}; keys are {', '.join(struct.fields)}")
-    return key, raw
+    return (key.strip(), raw) if equals and '"' not in key else (None, piece)
 
 
-def _value(field: Field, option: str, raw: str) -> object:
+def _key(struct: type[Struct], option: str, piece: str) -> str:
+    key = _cut(piece)[0]
+    if key is None and struct.bare is not None:
+        return struct.bare
+    if not key:
+        problem = "write key=value" if key is None else "the key before = is missing"
+    elif key in struct.fields:
+        return key
+    else:
+        problem = f"there is no key {shown(key)}"
+    raise ConfigError(option, shown(piece), f"{problem}; keys are {', '.join(struct.fields)}")
+
+
+def _value(field: Field, option: str, piece: str) -> object:
     try:
-        return field.kind.read(raw)
+        return field.kind.read(_cut(piece)[1])
     except ValueError:
-        allowed = f"{field.name} takes {field.kind.allowed}"
-        raise ConfigError(option, shown(f"{field.name}={raw}"), allowed) from None
+        raise ConfigError(option, shown(piece), f"{field.name} takes {field.kind.allowed}") from None
 
 
 def _telling(struct: Struct) -> list[str]:

@@ -150,7 +150,7 @@ class Ranges(Kind):
     def __init__(self, limit: int) -> None:
         self.number = Count(0, limit - 1)
         self.metavar = "[N-N,N]"
-        self.allowed = f"{self.metavar} with numbers below {limit}"
+        self.allowed = f"{self.metavar}, numbers below {limit}"
 
     def read(self, raw: str) -> list[int]:
         return self.parse(raw)
@@ -175,13 +175,13 @@ class Ranges(Kind):
 
 
 class Mapping(Kind):
-    """A bracketed list of pairs, ``[KEY@VALUE,…]``, as a dict; a key given twice is an error."""
+    """A bracketed list of pairs, ``[KEY@VALUE,...]``, as a dict; a key given twice is an error."""
 
     def __init__(self, key: Kind, value: Kind) -> None:
         self.key = key
         self.value = value
-        self.metavar = f"[{key.metavar}@{value.metavar},…]"
-        self.allowed = f"{self.metavar} with {key.allowed} and {value.allowed}, each {key.metavar} once"
+        self.metavar = f"[{key.metavar}@{value.metavar},...]"
+        self.allowed = f"{self.metavar}, {key.allowed} (each once) @ {value.allowed}"
 
     def read(self, raw: str) -> dict[object, object]:
         if raw[:1] + raw[-1:] != "[]":
@@ -200,7 +200,7 @@ class Mapping(Kind):
 class Nested(Kind):
     """A struct: a whole option on the command line, an object in the API."""
 
-    metavar = "KEY=VALUE,…"
+    metavar = "VALUE"
 
     def __init__(self, struct: type[Struct]) -> None:
         self.struct = struct
