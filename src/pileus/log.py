@@ -5,8 +5,6 @@ survived, ``info`` the VM's life, ``debug`` diagnosis, ``trace`` every step. A m
 can cause at will goes through ``limited``. Nothing here raises but ``setup``.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time
@@ -21,7 +19,7 @@ newline = "\n"  # what ends a line on a terminal: "\r\n" while one is in raw mod
 
 _started = time.monotonic()
 _fd = STDERR
-_limits: dict[tuple[str, int], _Limit] = {}
+_limits: "dict[tuple[str, int], _Limit]" = {}
 
 
 def setup(verbosity: int, path: str | None = None) -> None:

@@ -1,1 +1,1 @@
-"""The command line: ``options`` is its table, ``args`` and ``build`` read it, ``main`` runs what it says."""
+"""The command line: ``options`` is its table, ``args`` reads it, ``main`` runs what it says."""

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator
 
 from pileus import __version__
-from pileus.cli.build import field_at
+from pileus.cli.args import field_at
 from pileus.cli.options import COUNT, GROUPS, LIST, Option
 from pileus.config.declare import Field, Struct
 from pileus.config.kinds import Choice, Nested, Path, Size, Switch, Times

@@ -7,8 +7,7 @@ import os
 import sys
 
 from pileus import __version__, log
-from pileus.cli.args import scan
-from pileus.cli.build import build
+from pileus.cli.args import build, scan
 from pileus.cli.options import HELP, OPTIONS, VERSION
 from pileus.cli.summary import summary
 from pileus.config.check import check

@@ -1,22 +1,20 @@
 """What a start says on standard output: a title, then six lines that scripts of Cloud Hypervisor know."""
 
-from __future__ import annotations
-
 from pileus import log
 from pileus.config.model import VmConfig
-from pileus.config.paths import default_api_socket
 from pileus.config.units import MIB
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pileus.config.model import ApiSocketConfig, VmmConfig
+    from pileus.config.model import VmmConfig
 
 
-def summary(config: VmmConfig) -> str:
+def summary(config: "VmmConfig") -> str:
     """The lines for ``config``, also where it has no VM."""
     vm = config.vm or VmConfig()
+    api = config.api_socket
     rows = {
-        "API server": _listener(config.api_socket),
+        "API server": api.where if api.fd is None else f"fd {api.fd}",
         "vCPUs": vm.cpus.boot,
         "Memory": f"{vm.memory.size // MIB} MB",
         "Kernel": vm.payload.kernel,
@@ -26,7 +24,3 @@ def summary(config: VmmConfig) -> str:
     return "Pileus Guest\n" + "".join(
         f"\t{label}: {log.one_line(str(value))}\n" for label, value in rows.items()
     )
-
-
-def _listener(socket: ApiSocketConfig) -> str:
-    return (socket.path or default_api_socket()) if socket.fd is None else f"fd {socket.fd}"

@@ -4,8 +4,6 @@ A rule raises ConfigError with the values at odds and what would do; ``RULES`` i
 the host (its CPUs, its files, its huge pages) is judged where the host is asked.
 """
 
-from __future__ import annotations
-
 from pileus.config.grammar import format_struct, shown
 from pileus.config.units import GIB, KIB, MIB, format_size
 from pileus.errors import ConfigError
@@ -20,7 +18,7 @@ PAGE_SIZE = 4 * KIB
 HUGE_PAGE_SIZES = (2 * MIB, GIB)  # what x86 has
 
 
-def check(config: VmmConfig) -> None:
+def check(config: "VmmConfig") -> None:
     """Judge a whole process's configuration. Raises ConfigError for the first rule that is broken."""
     socket = config.api_socket
     if socket.path is not None and socket.fd is not None:
@@ -29,19 +27,19 @@ def check(config: VmmConfig) -> None:
         check_vm(config.vm)
 
 
-def check_vm(vm: VmConfig) -> None:
+def check_vm(vm: "VmConfig") -> None:
     """Judge one VM, from the command line or the API. Raises ConfigError for the first broken rule."""
     for rule in RULES:
         rule(vm)
 
 
-def _vcpus(vm: VmConfig) -> None:
+def _vcpus(vm: "VmConfig") -> None:
     cpus = vm.cpus
     if cpus.boot > cpus.max:
         raise _at_odds("--cpus", cpus, ("boot", "max"), "boot may be at most max")
 
 
-def _topology(vm: VmConfig) -> None:
+def _topology(vm: "VmConfig") -> None:
     cpus = vm.cpus
     if cpus.topology is None:
         return
@@ -51,14 +49,14 @@ def _topology(vm: VmConfig) -> None:
         raise _at_odds("--cpus", cpus, ("max", "topology"), allowed)
 
 
-def _affinity(vm: VmConfig) -> None:
+def _affinity(vm: "VmConfig") -> None:
     for vcpu in vm.cpus.affinity or ():
         if vcpu >= vm.cpus.max:
             allowed = f"there is no vCPU {vcpu}; they are 0 to {vm.cpus.max - 1}"
             raise _at_odds("--cpus", vm.cpus, ("max", "affinity"), allowed)
 
 
-def _memory_size(vm: VmConfig) -> None:
+def _memory_size(vm: "VmConfig") -> None:
     memory = vm.memory
     unit = _page_size(memory)
     least = max(MIN_MEMORY, unit)
@@ -69,7 +67,7 @@ def _memory_size(vm: VmConfig) -> None:
         raise _at_odds("--memory", memory, keys, f"size is a multiple of {format_size(unit)}")
 
 
-def _huge_pages(vm: VmConfig) -> None:
+def _huge_pages(vm: "VmConfig") -> None:
     memory = vm.memory
     if memory.hugepage_size is not None and not memory.hugepages:
         raise _at_odds("--memory", memory, ("hugepage_size",), "hugepage_size needs hugepages=on")
@@ -78,7 +76,7 @@ def _huge_pages(vm: VmConfig) -> None:
         raise _at_odds("--memory", memory, ("hugepage_size",), f"hugepage_size is {sizes}")
 
 
-def _memory_origin(vm: VmConfig) -> None:
+def _memory_origin(vm: "VmConfig") -> None:
     memory = vm.memory
     if memory.file is not None and memory.hugepages:
         allowed = "only one is possible; for huge pages in a file, name one on a hugetlbfs mount"
@@ -89,14 +87,14 @@ def _memory_origin(vm: VmConfig) -> None:
             raise _at_odds("--memory", memory, ("mergeable", key), allowed)
 
 
-def _payload(vm: VmConfig) -> None:
+def _payload(vm: "VmConfig") -> None:
     payload = vm.payload
     for key in ("cmdline", "initramfs"):
         if getattr(payload, key) and payload.kernel is None:
             raise ConfigError(f"--{key}", shown(getattr(payload, key)), "--kernel is needed as well")
 
 
-def _terminals(vm: VmConfig) -> None:
+def _terminals(vm: "VmConfig") -> None:
     _terminal("--serial", vm.serial)
     _terminal("--console", vm.console)
     if vm.serial.mode == vm.console.mode == "tty":
@@ -107,7 +105,7 @@ def _terminals(vm: VmConfig) -> None:
         raise ConfigError("--console", shown(vm.serial.path), allowed)
 
 
-def _terminal(option: str, terminal: SerialConfig) -> None:
+def _terminal(option: str, terminal: "SerialConfig") -> None:
     """A file belongs to the mode ``file`` and to no other, likewise a socket."""
     for key in ("file", "socket"):
         path = getattr(terminal, key)
@@ -118,12 +116,12 @@ def _terminal(option: str, terminal: SerialConfig) -> None:
             raise ConfigError(option, shown(f"{terminal.mode},{key}={path}"), allowed)
 
 
-def _page_size(memory: MemoryConfig) -> int:
+def _page_size(memory: "MemoryConfig") -> int:
     """What the size is a multiple of: the least huge page where the host will choose."""
     return (memory.hugepage_size or HUGE_PAGE_SIZES[0]) if memory.hugepages else PAGE_SIZE
 
 
-def _at_odds(option: str, struct: Struct, keys: tuple[str, ...], allowed: str) -> ConfigError:
+def _at_odds(option: str, struct: "Struct", keys: tuple[str, ...], allowed: str) -> ConfigError:
     return ConfigError(option, shown(format_struct(struct, *keys)), allowed)
 
 

@@ -4,8 +4,6 @@ A twentieth of ``dataclasses``, and of its cost at start. One declaration serves
 and its errors; the API and its schema will read the same ``Struct.fields``, by the fields' ``wire`` names.
 """
 
-from __future__ import annotations
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +21,7 @@ class Field:
 
     __slots__ = ("default", "default_help", "factory", "help", "implies", "kind", "name", "required", "wire")
 
-    def __init__(self, kind: Kind, help: str, **about: Any) -> None:
+    def __init__(self, kind: "Kind", help: str, **about: "Any") -> None:
         self.name = ""  # the struct that holds it fills this in
         self.kind = kind
         self.help = help
@@ -34,12 +32,12 @@ class Field:
         self.implies: tuple[str, object] | None = about.get("implies")
         self.wire: str | None = about.get("wire")
 
-    def value_for(self, struct: Struct) -> object:
+    def value_for(self, struct: "Struct") -> object:
         """The default in ``struct``, whose earlier fields are set already."""
         return self.default if self.factory is None else self.factory(struct)
 
 
-def field(kind: Kind, help: str, **about: Any) -> Any:
+def field(kind: "Kind", help: str, **about: "Any") -> "Any":
     """Declare a field: of which ``kind``, and one sentence of ``help``.
 
     ``default`` is its value when it is not given, or ``factory`` makes one from the struct's earlier fields;
@@ -53,8 +51,8 @@ def field(kind: Kind, help: str, **about: Any) -> Any:
 class Struct:  # noqa: PLW1641 - its instances change, so they have no hash
     """Plain data: made by keyword, compared by value."""
 
-    fields: ClassVar[dict[str, Field]] = {}
-    bare: ClassVar[str | None] = None  # the field that a value without a key is for
+    fields: "ClassVar[dict[str, Field]]" = {}  # noqa: RUF012 - a subclass gets its own
+    bare: "ClassVar[str | None]" = None  # the field that a value without a key is for
 
     def __init_subclass__(cls) -> None:
         own = {name: value for name, value in vars(cls).items() if isinstance(value, Field)}
@@ -62,7 +60,7 @@ class Struct:  # noqa: PLW1641 - its instances change, so they have no hash
             each.name = name
         cls.fields = cls.fields | own
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: "Any") -> None:
         if unknown := values.keys() - self.fields.keys():
             raise TypeError(f"{type(self).__name__} has no field {', '.join(sorted(unknown))}")
         for name, each in self.fields.items():

@@ -5,8 +5,6 @@ separate; inside quotes ``""`` is one quote. An empty value means the default of
 key goes to the key that the struct names as ``bare`` (``--cpus 4``, ``--serial tty``).
 """
 
-from __future__ import annotations
-
 from pileus.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -21,7 +19,7 @@ SPECIAL = frozenset(',"[]=')  # what a value may hold only in quotes
 SHOWN = 100  # characters of a value that an error repeats
 
 
-def parse(struct: type[S], option: str, text: str) -> S:
+def parse(struct: "type[S]", option: str, text: str) -> "S":
     """The ``struct`` that ``text`` describes. Raises ConfigError in the name of ``option``."""
     given = {_key(struct, option, piece): piece for piece in _pieces(option, text)}
     values = {
@@ -36,7 +34,7 @@ def parse(struct: type[S], option: str, text: str) -> S:
     return struct(**values)
 
 
-def format_struct(struct: Struct, *keys: str) -> str:
+def format_struct(struct: "Struct", *keys: str) -> str:
     """The text that ``parse`` turns into an equal ``struct``, or the part of it that is about ``keys``."""
     names = keys or _telling(struct)
     return ",".join(_written(struct, name) for name in names)
@@ -99,7 +97,7 @@ def _cut(piece: str) -> tuple[str | None, str]:
     return (key.strip(), raw) if equals and '"' not in key else (None, piece)
 
 
-def _key(struct: type[Struct], option: str, piece: str) -> str:
+def _key(struct: "type[Struct]", option: str, piece: str) -> str:
     key = _cut(piece)[0]
     if key is None and struct.bare is not None:
         return struct.bare
@@ -112,20 +110,20 @@ def _key(struct: type[Struct], option: str, piece: str) -> str:
     raise ConfigError(option, shown(piece), f"{problem}; keys are {', '.join(struct.fields)}")
 
 
-def _value(field: Field, option: str, piece: str) -> object:
+def _value(field: "Field", option: str, piece: str) -> object:
     try:
         return field.kind.read(_cut(piece)[1])
     except ValueError:
         raise ConfigError(option, shown(piece), f"{field.name} takes {field.kind.allowed}") from None
 
 
-def _telling(struct: Struct) -> list[str]:
+def _telling(struct: "Struct") -> list[str]:
     """The keys worth writing: those with a value that no other key implies."""
     told = {name: field for name, field in struct.fields.items() if getattr(struct, name) not in (None, [])}
     implied = {field.implies[0] for field in told.values() if field.implies is not None}
     return [name for name in told if name not in implied]
 
 
-def _written(struct: Struct, name: str) -> str:
+def _written(struct: "Struct", name: str) -> str:
     value = getattr(struct, name)
     return f"{name}={'' if value is None else struct.fields[name].kind.write(value)}"

@@ -4,8 +4,6 @@ A kind is shared by all fields that take it, and holds no value. ``read`` raises
 caller adds option, key and ``allowed``. In the API most kinds will look as in ``parse``'s result.
 """
 
-from __future__ import annotations
-
 from pileus.config import units
 from pileus.config.grammar import quote, split, unquote
 
@@ -26,14 +24,14 @@ class Kind:
         """The value written as ``raw``, the part of an option after ``key=``. Raises ValueError."""
         return self.parse(unquote(raw))
 
-    def write(self, value: Any) -> str:
+    def write(self, value: "Any") -> str:
         """What ``read`` turns into ``value``."""
         return quote(self.format(value))
 
     def parse(self, text: str) -> object:
         return text
 
-    def format(self, value: Any) -> str:
+    def format(self, value: "Any") -> str:
         return str(value)
 
 
@@ -202,7 +200,7 @@ class Nested(Kind):
 
     metavar = "VALUE"
 
-    def __init__(self, struct: type[Struct]) -> None:
+    def __init__(self, struct: "type[Struct]") -> None:
         self.struct = struct
 
 

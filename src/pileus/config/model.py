@@ -3,7 +3,7 @@
 Fields are named as on the command line; ``wire`` is the API's name where it is another.
 """
 
-from __future__ import annotations
+import os
 
 from pileus.config.declare import Struct, field
 from pileus.config.kinds import (
@@ -152,6 +152,13 @@ class ApiSocketConfig(Struct):
         PATH, "Unix socket to make", default=None, default_help="pileus.PID in /run/user/UID or /run"
     )
     fd: int | None = field(FD, "number of an inherited socket, listening already", default=None)
+
+    @property
+    def where(self) -> str:
+        """The path given, or the default: in the run-time directory of the user, also of one behind sudo."""
+        user = os.environ.get("SUDO_UID", "") if os.geteuid() == 0 else str(os.geteuid())
+        folder = f"/run/user/{user}" if user.isdecimal() else "/run"
+        return self.path or f"{folder}/pileus.{os.getpid()}"
 
 
 class VmmConfig(Struct):
