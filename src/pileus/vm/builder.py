@@ -14,7 +14,7 @@ from pileus.cleanup import Cleanup
 from pileus.devices.debug_port import DebugPort
 from pileus.devices.i8042 import I8042
 from pileus.devices.power import Power
-from pileus.devices.pvpanic import PvPanic
+from pileus.devices.pvpanic import CRASH_LOADED, PANICKED, PvPanic
 from pileus.devices.rtc import Rtc
 from pileus.devices.serial import Serial
 from pileus.errors import ConfigError
@@ -102,9 +102,14 @@ class _Builder:
         self.ports.insert(layout.PORT_CMOS, 2, Rtc(self.config.memory.size))
         self.ports.insert(layout.PORT_DEBUG, 1, DebugPort(log.debug))
         self.ports.insert(layout.PORT_POWER, 4, power)
-        self.ports.insert(layout.PORT_PVPANIC, 1, PvPanic(lambda _: report(Event(CRASH, "by pvpanic"))))
+        self.ports.insert(layout.PORT_PVPANIC, 1, PvPanic(self._panicked))
         if self.console is not None:
             self._add_serial(self.console)
+
+    def _panicked(self, bits: int) -> None:
+        """The guest says that it panicked, and whether a kernel of its own will look into that."""
+        if bits & (PANICKED | CRASH_LOADED):
+            self.report(Event(CRASH, "to pvpanic" + (" and dumps itself" if bits & CRASH_LOADED else "")))
 
     def _add_serial(self, console: "Console") -> None:
         call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
