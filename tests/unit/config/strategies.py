@@ -9,7 +9,7 @@ from pileus.config.declare import Field, Struct
 
 # argv holds any characters but NUL, among them lone surrogates for bytes that are no UTF-8.
 ARGUMENTS = st.text(st.characters(exclude_characters="\0", codec=None), max_size=30)
-PRINTABLE = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=30)
+PRINTABLE = st.characters(min_codepoint=0x20, max_codepoint=0x7E)
 
 
 def of_kind(kind: kinds.Kind) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - a table with types for keys
@@ -32,8 +32,8 @@ def of_kind(kind: kinds.Kind) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - a ta
             return st.booleans()
         case kinds.Path():
             return ARGUMENTS.filter(bool)
-        case kinds.Printable():
-            return PRINTABLE
+        case kinds.Printable(limit=limit):
+            return st.text(PRINTABLE, max_size=min(limit - 1, 30))
         case _:
             raise NotImplementedError(type(kind))
 
