@@ -136,10 +136,10 @@ def _pvh_entry(image: Image, offset: int, size: int, align: int) -> int | None:
     while at + NOTE.size <= size:
         name_size, length, kind = NOTE.unpack_from(notes, at)
         name = at + NOTE.size
-        data = name + _up(name_size, step)
+        data = _up(name + name_size, step)
         if kind == PHYS32_ENTRY and notes[name : name + name_size] == b"Xen\0" and data + length <= size:
             return int.from_bytes(notes[data : data + min(length, 8)], "little")
-        at = data + _up(length, step)
+        at = _up(data + length, step)
     return None
 
 

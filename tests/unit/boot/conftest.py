@@ -47,9 +47,8 @@ class FakeMemory:
             done += count
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def memory() -> FakeMemory:
-    """256 MiB; tests share it and look only at what they loaded."""
     return FakeMemory(256 * MIB)
 
 

@@ -11,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pileus.arch.x86_64.acpi.machine import Machine
 
+MAX_VCPUS = 0x1000  # C000 to CFFF
 S5_SLEEP_TYPE = 5
 ABSENT = 0
 PRESENT = 0xF  # present, enabled, shown, working

@@ -52,8 +52,10 @@ X_DSDT_OFFSET = 140
 def build(machine: Machine) -> list[tuple[int, bytes]]:
     """Every table of ``machine`` with the GPA it was made for.
 
-    Raises ConfigError if they need more than ``layout.ACPI_TABLES_SIZE``, which takes thousands of vCPUs.
+    Raises ConfigError for more vCPUs than there are names, or than fit in ``layout.ACPI_TABLES_SIZE``.
     """
+    if len(machine.apic_ids) > dsdt.MAX_VCPUS:
+        raise ConfigError("--cpus", len(machine.apic_ids), f"at most {dsdt.MAX_VCPUS} are allowed")
     placed: list[tuple[int, bytes]] = []
     end = layout.ACPI_TABLES + RSDP_SIZE
 

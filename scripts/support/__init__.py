@@ -1,0 +1,1 @@
+"""What scripts/* do, in Python's standard library alone: they run before anything is installed."""
