@@ -52,7 +52,7 @@ def trace(message: str) -> None:
 
 def exception(error: BaseException) -> None:
     """A bug: the error with its traceback, at level error."""
-    import traceback  # noqa: PLC0415 - costs 10 ms, and only a bug needs it
+    import traceback
 
     for line in "".join(traceback.format_exception(error)).splitlines():
         _write(ERROR, line, 2)

@@ -44,7 +44,9 @@ def _region(config: "MemoryConfig", size: int, offset: int) -> Region:
     huge = page_size > PAGE_SIZE
     try:
         if size % page_size:
-            raise ConfigError("--memory size", size, f"a multiple of the page size of {page_size} bytes is needed")
+            raise ConfigError(
+                "--memory size", size, f"a multiple of the page size of {page_size} bytes is needed"
+            )
         return Region(fd, size, offset, reserve=huge, page_size=page_size)
     except HostError as error:
         os.close(fd)
@@ -118,4 +120,6 @@ def _too_few_huge_pages(page_size: int) -> str:
             available = int(free.read()) - int(reserved.read())
     except (OSError, ValueError):
         return "the host has too few free huge pages"
-    return f"the host has {available} free huge pages of {page_size // 1024} KiB; see /proc/sys/vm/nr_hugepages"
+    return (
+        f"the host has {available} free huge pages of {page_size // 1024} KiB; see /proc/sys/vm/nr_hugepages"
+    )

@@ -29,12 +29,9 @@ if TYPE_CHECKING:
     from pileus.config.model import CpusConfig, VmConfig
     from pileus.console import Console
     from pileus.kvm import Kvm, Vcpu
-    from pileus.kvm import Vm as KvmVm
 
 
-def build(
-    config: "VmConfig", kvm: "Kvm", console: "Console | None", report: "Callable[[Event], None]"
-) -> Vm:
+def build(config: "VmConfig", kvm: "Kvm", console: "Console | None", report: "Callable[[Event], None]") -> Vm:
     """A VM ready to start; nothing of it is left if this raises (PileusError).
 
     ``console`` is the far end of the serial port, None for no serial port. ``report`` gets what the guest
@@ -96,7 +93,8 @@ class _Builder:
     def _add_devices(self) -> None:
         report = self.report
         power = Power(
-            reset=lambda: report(Event(RESET, "by ACPI")), power_off=lambda: report(Event(POWER_OFF, "by ACPI"))
+            reset=lambda: report(Event(RESET, "by ACPI")),
+            power_off=lambda: report(Event(POWER_OFF, "by ACPI")),
         )
         self.ports.insert(layout.PORT_I8042, 5, I8042(lambda: report(Event(RESET, "by the i8042"))))
         self.ports.insert(layout.PORT_CMOS, 2, Rtc(self.config.memory.size))
@@ -154,7 +152,7 @@ class _Builder:
 
 
 def topology_of(cpus: "CpusConfig", kvm: "Kvm") -> Topology:
-    """The topology asked for, or one package with a core per vCPU. Raises ConfigError beyond what KVM can do."""
+    """The topology asked for, or one package with a core per vCPU. Raises ConfigError beyond KVM's limits."""
     most = cpus.max or cpus.boot
     if most > kvm.max_vcpus:
         raise ConfigError("--cpus", most, f"at most {kvm.max_vcpus} vCPUs are possible on this host")

@@ -1,8 +1,9 @@
-"""The control loop: file descriptors, and calls that wait for their time. One thread, level-triggered epoll."""
+"""The control loop: file descriptors, and calls that wait for their time. One thread, level-triggered."""
 
 import os
 import select
 import time
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable

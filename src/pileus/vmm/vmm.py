@@ -49,7 +49,11 @@ class Vmm:
         if config.serial.mode != "off":
             self._console = self._cleanup.own(
                 open_console(
-                    config.serial.mode, config.serial.path or "", name="serial", warn=log.warning, quit=self._quit
+                    config.serial.mode,
+                    config.serial.path or "",
+                    name="serial",
+                    warn=log.warning,
+                    quit=self._quit,
                 )
             )
             self._console.start(self.loop)
@@ -143,7 +147,9 @@ def run(config: VmmConfig) -> int:
     """Run the VM of ``config`` to its end; returns the exit status. Raises PileusError."""
     check_host()
     if config.vm is None:
-        raise ConfigError("--kernel", "is missing", "without the HTTP API, which is not built yet, a VM needs one")
+        raise ConfigError(
+            "--kernel", "is missing", "without the HTTP API, which is not built yet, a VM needs one"
+        )
     vmm = Vmm()
     try:
         vmm.boot(config.vm)

@@ -102,7 +102,10 @@ class Template:
     def _topology_leaves(self, apic_id: int) -> "list[Leaf]":
         """Leaf 0xB, and 0x1F where there are dies to tell: one subleaf a level, then an empty one."""
         shape = self.topology
-        levels = [(LEVEL_SMT, shape.thread_bits, shape.threads), (LEVEL_CORE, shape.package_bits, shape.per_package)]
+        levels = [
+            (LEVEL_SMT, shape.thread_bits, shape.threads),
+            (LEVEL_CORE, shape.package_bits, shape.per_package),
+        ]
         leaves = _levels(0xB, levels, apic_id)
         base = self._find(0)
         if shape.dies > 1 and self.vendor == INTEL and base:
