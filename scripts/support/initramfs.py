@@ -15,85 +15,10 @@ from support.host import ScriptError, run
 BUSYBOX = Path("/bin/busybox")
 GUEST = Path(__file__).parent / "guest"
 MODULES = ["pvpanic", "pvpanic-mmio", "pvpanic-pci"]  # those a kernel has; 5.10 keeps all in pvpanic
-APPLETS = [
-    "[",
-    "awk",
-    "basename",
-    "cat",
-    "chmod",
-    "chvt",
-    "cp",
-    "cttyhack",
-    "cut",
-    "date",
-    "dd",
-    "df",
-    "dirname",
-    "dmesg",
-    "echo",
-    "env",
-    "expr",
-    "false",
-    "find",
-    "free",
-    "grep",
-    "halt",
-    "head",
-    "hexdump",
-    "hostname",
-    "id",
-    "ifconfig",
-    "insmod",
-    "ip",
-    "kill",
-    "less",
-    "ln",
-    "ls",
-    "lsmod",
-    "md5sum",
-    "mkdir",
-    "mknod",
-    "modprobe",
-    "more",
-    "mount",
-    "mv",
-    "nproc",
-    "od",
-    "ping",
-    "poweroff",
-    "printf",
-    "ps",
-    "pwd",
-    "readlink",
-    "reboot",
-    "rm",
-    "rmmod",
-    "sed",
-    "seq",
-    "setsid",
-    "sh",
-    "sha256sum",
-    "sleep",
-    "sort",
-    "stat",
-    "stty",
-    "sync",
-    "tail",
-    "test",
-    "time",
-    "top",
-    "touch",
-    "tr",
-    "true",
-    "umount",
-    "uname",
-    "uptime",
-    "vi",
-    "wc",
-    "which",
-    "xargs",
-    "yes",
-]
+APPLETS = """[ awk basename cat chmod chvt cp cttyhack cut date dd df dirname dmesg echo env expr false find free
+grep halt head hexdump hostname id ifconfig insmod ip kill less ln ls lsmod md5sum mkdir mknod modprobe more
+mount mv nproc od ping poweroff printf ps pwd readlink reboot rm rmmod sed seq setsid sh sha256sum sleep sort
+stat stty sync tail test time top touch tr true umount uname uptime vi wc which xargs yes""".split()
 
 
 def build(modules: Path, release: str) -> bytes:
@@ -107,9 +32,7 @@ def build(modules: Path, release: str) -> bytes:
     archive.file("init", program := _debug_port(), 0o755)
     archive.file("bin/debug-port", program, 0o755)
     archive.file("bin/busybox", BUSYBOX.read_bytes(), 0o755)
-    known = set(
-        subprocess.run([BUSYBOX, "--list"], check=True, capture_output=True, text=True).stdout.split()
-    )
+    known = set(subprocess.run([BUSYBOX, "--list"], check=True, capture_output=True, text=True).stdout.split())
     for applet in sorted(known.intersection(APPLETS)):
         archive.link(f"bin/{applet}", "busybox")
     archive.file("etc/rc", (GUEST / "rc").read_bytes(), 0o755)
@@ -198,8 +121,6 @@ def _debug_port() -> bytes:
     data = b"/bin/busybox\0sh\0/etc/rc\0".ljust(argv - strings, b"\0")
     data += struct.pack("<3Q", shell, script, 0)
     size = headers + len(code) + len(data)
-    elf = struct.pack(
-        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, base + headers, 64, 0, 0, 64, 56, 1, 0, 0, 0
-    )
+    elf = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, base + headers, 64, 0, 0, 64, 56, 1, 0, 0, 0)
     segment = struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000)
     return elf + segment + code + data

@@ -17,20 +17,7 @@ import tomllib
 from pathlib import Path
 
 from support import apt
-from support.host import (
-    PILEUS,
-    PYTHON,
-    ROOT,
-    TOOLS,
-    VENV,
-    digest,
-    has_full_kvm,
-    only_one,
-    run,
-    say,
-    stamp,
-    stamped,
-)
+from support.host import PILEUS, PYTHON, ROOT, TOOLS, VENV, digest, has_full_kvm, only_one, run, say, stamp, stamped
 
 PACKAGES = {
     "build": ["python3-dev", "python3-venv", "build-essential"],
@@ -57,9 +44,7 @@ VENV_REQUIREMENTS = {"test": ["pytest>=8", "hypothesis>=6.100"]}
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="scripts/setup", description="install what is missing and build pileus"
-    )
+    parser = argparse.ArgumentParser(prog="scripts/setup", description="install what is missing and build pileus")
     parser.add_argument("goals", nargs="*", metavar="GOAL", help=f"{', '.join(NEEDS)} (default: all)")
     chosen = parser.parse_args(arguments).goals or list(NEEDS)
     for goal in chosen:
@@ -82,11 +67,11 @@ def setup(*goals: str) -> None:
             _extensions()
         _venv_requirements([name for goal in wanted for name in VENV_REQUIREMENTS.get(goal, [])])
         if "guest" in wanted:
-            from support import guests
+            from support import guests  # noqa: PLC0415  (a builder needs no guests)
 
             guests.fetch()
         if "nested" in wanted and not has_full_kvm():
-            from support import guests
+            from support import guests  # noqa: PLC0415
 
             guests.fetch_host_kernel()
 
@@ -149,9 +134,7 @@ def _venv() -> None:
 def _extensions() -> None:
     sources = [path for suffix in ("pyx", "pxd", "h") for path in sorted((ROOT / "src").rglob(f"*.{suffix}"))]
     inputs = [ROOT / "setup.py", ROOT / "pyproject.toml", *sources]
-    key = digest(
-        part for path in inputs for part in (str(path.relative_to(ROOT)).encode(), path.read_bytes())
-    )
+    key = digest(part for path in inputs for part in (str(path.relative_to(ROOT)).encode(), path.read_bytes()))
     modules = [path for path in sources if path.suffix == ".pyx"]
     built = all(any(path.parent.glob(f"{path.stem}.*.so")) for path in modules)
     if stamped("extensions", key) and built:
@@ -159,9 +142,7 @@ def _extensions() -> None:
     say(f"setup: compiling {len(modules)} extension modules")
     _forget_stale_modules({path.with_suffix("") for path in modules})
     jobs = str(os.cpu_count() or 1)
-    run(
-        [str(TOOLS / "bin" / "python"), "setup.py", "--quiet", "build_ext", "--inplace", "-j", jobs], cwd=ROOT
-    )
+    run([str(TOOLS / "bin" / "python"), "setup.py", "--quiet", "build_ext", "--inplace", "-j", jobs], cwd=ROOT)
     stamp("extensions", key)
 
 

@@ -30,7 +30,7 @@ POWER_OFF, RESET, FAULT, CRASH, FAILURE = "power off", "reset", "triple fault", 
 
 
 class Event:
-    """``kind`` of the constants above; ``text`` says more in one clause; ``error`` is a bug of ours, if any."""
+    """``kind`` of the constants above; ``text`` says more in one clause; ``error`` is a bug of ours."""
 
     __slots__ = ("error", "kind", "text")
 
