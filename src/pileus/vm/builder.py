@@ -70,8 +70,10 @@ class _Builder:
         self._add_devices()
         vcpus = self._add_vcpus(topology)
         self._load(memory, vcpus[0], topology)
+        affinity = self.config.cpus.affinity or {}
         threads = [
-            VcpuThread(index, vcpu, self.ports, self.mmio, self.report) for index, vcpu in enumerate(vcpus)
+            VcpuThread(index, vcpu, self.ports, self.mmio, self.report, affinity.get(index))
+            for index, vcpu in enumerate(vcpus)
         ]
         return Vm(memory, threads, self.cleanup)
 
@@ -141,8 +143,8 @@ class _Builder:
     def _load(self, memory: GuestMemory, vcpu: "Vcpu", topology: Topology) -> None:
         """Kernel, boot data and tables into memory, and the boot vCPU to the kernel's entry."""
         payload = self.config.payload
-        entry = load(memory, payload.kernel or "", payload.cmdline or "", payload.initramfs)
-        boot, most = self.config.cpus.boot, self.config.cpus.max or self.config.cpus.boot
+        entry = load(memory, payload.kernel or "", payload.cmdline, payload.initramfs)
+        boot, most = self.config.cpus.boot, self.config.cpus.max
         apic_ids = [topology.apic_id(index) for index in range(most)]
         machine = Machine(apic_ids, boot, serial=self.console is not None)
         for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]):
@@ -153,7 +155,7 @@ class _Builder:
 
 def topology_of(cpus: "CpusConfig", kvm: "Kvm") -> Topology:
     """The topology asked for, or one package with a core per vCPU. Raises ConfigError beyond KVM's limits."""
-    most = cpus.max or cpus.boot
+    most = cpus.max
     if most > kvm.max_vcpus:
         raise ConfigError("--cpus", most, f"at most {kvm.max_vcpus} vCPUs are possible on this host")
     wanted = cpus.topology
