@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pileus.console import Console
     from pileus.kvm import Kvm, Vcpu
 
+LAST_SHORT_APIC_ID = 254  # 255 addresses all; beyond, KVM and the guest must agree on 32 bits
+
 
 def build(config: "VmConfig", kvm: "Kvm", console: "Console | None", report: "Callable[[Event], None]") -> Vm:
     """A VM ready to start; nothing of it is left if this raises (PileusError).
@@ -66,9 +68,10 @@ class _Builder:
         topology = topology_of(self.config.cpus, self.kvm)
         self.vm = self.cleanup.own(self.kvm.create_vm())
         memory = self._add_memory()
-        self._add_irqchip()
+        long_apic_ids = topology.apic_id(self.config.cpus.max - 1) > LAST_SHORT_APIC_ID
+        self._add_irqchip(long_apic_ids)
         self._add_devices()
-        vcpus = self._add_vcpus(topology)
+        vcpus = self._add_vcpus(topology, long_apic_ids)
         self._load(memory, vcpus[0], topology)
         affinity = self.config.cpus.affinity or {}
         threads = [
@@ -84,8 +87,10 @@ class _Builder:
             self.vm.set_memory(slot, gpa, region.size, region.hva)
         return memory
 
-    def _add_irqchip(self) -> None:
+    def _add_irqchip(self, long_apic_ids: bool) -> None:
         """All controllers in the kernel. A timer chip is needed only where the local APIC's is not enough."""
+        if long_apic_ids:
+            self.vm.enable_x2apic_ids()
         self.vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
         self.vm.set_tss_address(layout.KVM_TSS)
         self.vm.create_irqchip()
@@ -120,7 +125,7 @@ class _Builder:
         console.connect(serial)
         self.cleanup.call(console.disconnect)
 
-    def _add_vcpus(self, topology: Topology) -> "list[Vcpu]":
+    def _add_vcpus(self, topology: Topology, long_apic_ids: bool) -> "list[Vcpu]":
         vcpus = [
             self.cleanup.own(self.vm.create_vcpu(topology.apic_id(index)))
             for index in range(self.config.cpus.boot)
@@ -131,6 +136,7 @@ class _Builder:
             tsc_khz=vcpus[0].tsc_khz,
             tsc_deadline=self.kvm.has_tsc_deadline,
             max_phys_bits=self.config.cpus.max_phys_bits,
+            long_apic_ids=long_apic_ids,
         )
         msrs = msr.boot_msrs()
         for index, vcpu in enumerate(vcpus):

@@ -103,7 +103,9 @@ class VcpuThread:
                 os.sched_setaffinity(0, self._host_cpus)
             except OSError as error:
                 wanted = f"{self.index}@{self._host_cpus}"
-                raise ConfigError("--cpus affinity", wanted, "this process may use no such host CPU") from error
+                raise ConfigError(
+                    "--cpus affinity", wanted, "this process may use no such host CPU"
+                ) from error
 
     def _run(self) -> bool:
         """Run the guest once; return whether it is to go on."""
