@@ -143,6 +143,8 @@ class _Builder:
             vcpu.set_cpuid(template.for_vcpu(index))
             vcpu.set_msrs(msrs)
             regs.reset_fpu(vcpu)
+            if long_apic_ids:
+                regs.enable_x2apic(vcpu)
             regs.wire_local_interrupts(vcpu)
         return vcpus
 

@@ -5,7 +5,7 @@ import select
 
 import pytest
 
-from pileus.bus import Bus
+from pileus.bus import Bus, PythonDevice
 from pileus.errors import HostError, KvmError
 from pileus.kvm import Kvm
 from pileus.kvm._vcpu import KICKED
@@ -13,6 +13,16 @@ from pileus.kvm._vm import IOAPIC, LOG_DIRTY_PAGES, PIC_MASTER
 
 from .conftest import RAM, Machine
 from .test_vcpu import buses
+
+
+class Ringer(PythonDevice):
+    """A write to it signals ``fd``."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        os.eventfd_write(self.fd, 1)
 
 
 def eventfd() -> int:
@@ -75,10 +85,10 @@ def test_an_irqfd_raises_its_pin(machine: Machine) -> None:
     machine.vm.add_irqfd(fd, 4)
     machine.memory.write(0x24 * 4, bytes.fromhex("0030 0000"))  # vector 0x24 -> 0:0x3000
     machine.memory.write(0x3000, bytes.fromhex("b8adde e680"))
-    # ICW1..4: base 0x20; unmask all; sti; hlt
-    machine.load(bytes.fromhex("b011 e620 b020 e621 b004 e621 b001 e621 b000 e621 fb f4 ebfd"))
+    # ICW1..4: base 0x20; unmask all; sti; out 0x30 rings; hlt
+    machine.load(bytes.fromhex("b011 e620 b020 e621 b004 e621 b001 e621 b000 e621 fb e630 f4 ebfd"))
     ports, mmio, _ = buses(machine)
-    os.eventfd_write(fd, 1)
+    ports.insert(0x30, 1, Ringer(fd))
     machine.run(ports, mmio)
     assert machine.vcpu.regs["rax"] & 0xFFFF == 0xDEAD
     machine.vm.remove_irqfd(fd, 4)

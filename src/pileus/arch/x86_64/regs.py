@@ -35,6 +35,7 @@ APIC_LVT_LINT0, APIC_LVT_LINT1 = 0x350, 0x360
 DELIVERY_EXTINT, DELIVERY_NMI = 7 << 8, 4 << 8
 DELIVERY_MASK = 7 << 8
 LVT_MASKED = 1 << 16
+APIC_BASE_X2APIC = 1 << 10
 
 
 def segment(descriptor: int, selector: int) -> dict[str, int]:
@@ -90,6 +91,13 @@ def enter(vcpu: "Vcpu", entry: "Entry") -> None:
 def reset_fpu(vcpu: "Vcpu") -> None:
     """What FNINIT and a reset leave: all exceptions masked."""
     vcpu.set_part("fpu", FPU.pack(FPU_CONTROL_WORD, 0, 0, 0, 0, 0, MXCSR_DEFAULT))
+
+
+def enable_x2apic(vcpu: "Vcpu") -> None:
+    """Hand the local APIC over in x2APIC mode: Linux takes APIC ids above 254 only from firmware that did."""
+    sregs = vcpu.sregs
+    sregs["apic_base"] |= APIC_BASE_X2APIC
+    vcpu.sregs = sregs
 
 
 def wire_local_interrupts(vcpu: "Vcpu") -> None:
