@@ -13,7 +13,7 @@ extensions = [
         name := ".".join(path.relative_to(SOURCES).with_suffix("").parts),
         [str(path)],
         libraries=LIBRARIES.get(name, []),
-        extra_compile_args=["-O2", "-g0", "-fno-strict-aliasing"],
+        extra_compile_args=["-O2", "-g0", "-fno-strict-aliasing", "-Wno-sign-compare"],
         extra_link_args=["-s"],
     )
     for path in sorted(SOURCES.rglob("*.pyx"))

@@ -1,0 +1,1 @@
+"""What the user asks for, as plain data: ``model`` declares it, ``grammar`` reads it, ``check`` judges it."""

@@ -1,5 +1,6 @@
 """The control loop: file descriptors, and calls that wait for their time. One thread, level-triggered epoll."""
 
+import os
 import select
 import time
 from collections.abc import Callable
@@ -28,7 +29,10 @@ class Loop:
         self._epoll = select.epoll()
         self._watched: dict[int, Callable[[int], None]] = {}
         self._timers: list[Timer] = []
+        self._posted: list[Callable[[], None]] = []
+        self._post_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._running = False
+        self.watch(self._post_fd, READABLE, self._call_posted)
 
     def watch(self, fd: int, events: int, call: Callable[[int], None]) -> None:
         """Call ``call(ready_events)`` whenever ``fd`` has one of ``events`` (or an error or a hang-up)."""
@@ -51,6 +55,11 @@ class Loop:
         self._timers.sort(key=lambda each: each.due)
         return timer
 
+    def post(self, call: Callable[[], None]) -> None:
+        """Call ``call()`` soon, on the loop's thread. This one method may be called from any thread."""
+        self._posted.append(call)
+        os.eventfd_write(self._post_fd, 1)
+
     def run(self) -> None:
         """Serve until ``stop``."""
         self._running = True
@@ -66,6 +75,13 @@ class Loop:
 
     def close(self) -> None:
         self._epoll.close()
+        os.close(self._post_fd)
+
+    def _call_posted(self, _events: int) -> None:
+        os.eventfd_read(self._post_fd)
+        posted, self._posted = self._posted, []
+        for call in posted:
+            call()
 
     def _patience(self) -> float:
         """Seconds until the next timer, or -1 for ever."""

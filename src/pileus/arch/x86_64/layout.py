@@ -18,10 +18,15 @@ PDPT = 0xA000
 PAGE_DIRECTORY = 0xB000
 CMDLINE = 0x20000
 CMDLINE_MAX = 64 * KIB  # bytes, the NUL included
-LOW_RAM_END = 0xA0000  # e820 lists RAM up to here (less the MP table), then from 1 MiB
+LOW_RAM_END = 0xA0000  # e820 lists RAM up to here, then from 1 MiB
 ACPI_TABLES = 0xA0000  # the RSDP is the first of them; the RAM here is not in the e820 map
-ACPI_TABLES_SIZE = 0x60000
+ACPI_TABLES_SIZE = 0x50000
+BIOS_AREA = 0xF0000  # reserved in the e820 map; guests search it for tables, every 16 bytes
+BIOS_AREA_SIZE = 0x10000
+MP_TABLE = 0xF0000  # floating pointer, then the table: the first thing a search finds
+MP_TABLE_SIZE = 0x2000
 HIGH_RAM = 0x100000  # kernels start here or above
+IDENTITY_MAPPED = GIB  # what the boot page tables map: a kernel entered in 64-bit mode lies below
 
 # The hole below 4 GiB.
 RAM_32BIT_END = 3 * GIB

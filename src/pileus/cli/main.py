@@ -1,0 +1,75 @@
+"""The command ``pileus``: from its arguments to a checked configuration, which the VMM runs.
+
+Exit status 0 after an orderly end, 1 with one sentence on standard error for whatever cannot be done.
+"""
+
+import os
+import sys
+
+from pileus import __version__, log
+from pileus.cli.args import build, scan
+from pileus.cli.options import HELP, OPTIONS, VERSION
+from pileus.cli.summary import summary
+from pileus.config.check import check
+from pileus.config.model import VmConfig, VmmConfig
+from pileus.errors import ConfigError, PileusError
+
+STDOUT, STDERR = 1, 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command with ``arguments`` (default: the process's); return its exit status."""
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except PileusError as error:
+        _say(STDERR, f"pileus: {log.one_line(str(error))}\n")
+        return 1
+
+
+def configure(given: dict[str, list[str]]) -> VmmConfig:
+    """The configuration that the options ask for, checked; its VM may lack a kernel. Raises ConfigError."""
+    config = build(VmmConfig, OPTIONS, given)
+    config.vm = config.vm or VmConfig()
+    check(config)
+    return config
+
+
+def _run(arguments: list[str]) -> int:
+    given = scan(arguments, OPTIONS)
+    if HELP.flag in given:
+        from pileus.cli.help import usage  # noqa: PLC0415 - a start does not need it
+
+        return _say(STDOUT, usage())
+    if VERSION.flag in given:
+        return _say(STDOUT, f"pileus {__version__}\n")
+    config = configure(given)
+    _start_log(config)
+    _say(STDOUT, summary(config))
+    if config.vm is not None and config.vm.payload.kernel is None:
+        config.vm = None  # nothing to boot: the API may bring a VM later
+    from pileus.vmm.vmm import run  # noqa: PLC0415 - bad options are told before the machine is loaded
+
+    return run(config)
+
+
+def _start_log(config: VmmConfig) -> None:
+    try:
+        log.setup(config.verbosity, config.log_file)
+    except OSError as error:
+        allowed = f"a file that can be written is needed: {os.strerror(error.errno or 0)}"
+        raise ConfigError("--log-file", config.log_file, allowed) from error
+
+
+def _say(fd: int, text: str) -> int:
+    """Write ``text`` as far as its reader wants it, and return the exit status 0."""
+    data = text.encode()
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except OSError:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Every value that can be configured: the one declaration behind options, their help, errors and the API.
+
+Fields are named as on the command line; ``wire`` is the API's name where it is another.
+"""
+
+import os
+
+from pileus.config.declare import Struct, field
+from pileus.config.kinds import (
+    Choice,
+    Count,
+    Mapping,
+    Nested,
+    Path,
+    Printable,
+    Ranges,
+    Size,
+    Switch,
+    Times,
+    Tuple,
+)
+from pileus.config.units import MIB
+
+MAX_VCPUS = 4096  # no x86 kernel allows more (<asm/kvm_host.h>); what a host allows is asked of KVM
+MAX_HOST_CPUS = 8192  # CONFIG_NR_CPUS ends here
+CMDLINE_LIMIT = 65536  # bytes with the NUL, what the layout sets aside
+FD_MAX = (1 << 31) - 1
+
+PATH, SIZE, SWITCH = Path(), Size(), Switch()
+FD = Count(0, FD_MAX)
+VCPUS = Count(1, MAX_VCPUS)
+MODE = Choice("off", "null", "tty", "pty", "file", "socket")
+MODE_HELP = "off is no device, null a silent one, tty the terminal of pileus, pty a new one"
+
+
+class CpusConfig(Struct):
+    """How many vCPUs there are and how they are arranged."""
+
+    bare = "boot"
+
+    boot: int = field(VCPUS, "vCPUs that run from the start", default=1, wire="boot_vcpus")
+    max: int = field(
+        VCPUS,
+        "vCPUs that the guest can have at most",
+        factory=lambda cpus: cpus.boot,
+        default_help="as boot",
+        wire="max_vcpus",
+    )
+    topology: tuple[int, int, int, int] | None = field(
+        Tuple("threads", "cores", "dies", "packages", high=MAX_VCPUS),
+        "threads per core, cores per die, dies per package, and packages; their product is max",
+        default=None,
+        default_help="one package with a core per vCPU",
+    )
+    max_phys_bits: int | None = field(
+        Count(36, 52), "physical address bits that the guest sees", default=None, default_help="as the host"
+    )
+    affinity: dict[int, list[int]] | None = field(
+        Mapping(Count(0, MAX_VCPUS - 1), Ranges(MAX_HOST_CPUS)),
+        "host CPUs that a vCPU may run on, as in [0@[0-3],1@[2,4]]",
+        default=None,
+        default_help="any",
+    )
+
+
+class MemoryConfig(Struct):
+    """How much RAM the guest has and what it is made of."""
+
+    bare = "size"
+
+    size: int = field(SIZE, "RAM of the guest", default=512 * MIB)
+    file: str | None = field(
+        PATH,
+        "file that holds the RAM, or a directory (such as /dev/shm) for one without a name",
+        default=None,
+        default_help="memory of pileus",
+    )
+    shared: bool = field(SWITCH, "let vhost-user backends map the RAM", default=False)
+    hugepages: bool = field(SWITCH, "take huge pages set aside by the host", default=False)
+    hugepage_size: int | None = field(
+        SIZE, "size of these huge pages, 2M or 1G", default=None, default_help="as the host"
+    )
+    prefault: bool = field(SWITCH, "take all memory at the start", default=False)
+    thp: bool = field(SWITCH, "ask the host for transparent huge pages", default=True)
+    mergeable: bool = field(SWITCH, "let the host merge equal pages (KSM)", default=False)
+
+
+class PayloadConfig(Struct):
+    """What the guest boots."""
+
+    kernel: str | None = field(PATH, "kernel to boot: bzImage, or ELF (vmlinux, PVH, firmware)", default=None)
+    cmdline: str = field(
+        Printable(CMDLINE_LIMIT), "command line of the kernel", default="", default_help="empty"
+    )
+    initramfs: str | None = field(PATH, "initramfs for the kernel", default=None)
+
+
+class SerialConfig(Struct):
+    """Where a terminal of the guest is on the host."""
+
+    bare = "mode"
+
+    mode: str = field(MODE, MODE_HELP, default="null")
+    file: str | None = field(
+        PATH, "file for the output, emptied first; no input", default=None, implies=("mode", "file")
+    )
+    socket: str | None = field(
+        PATH, "Unix socket to listen on, for one client at a time", default=None, implies=("mode", "socket")
+    )
+
+    @property
+    def path(self) -> str | None:
+        """The file or the socket, if the mode has one."""
+        return self.file if self.mode == "file" else self.socket
+
+
+class ConsoleConfig(SerialConfig):
+    """Likewise, for the virtio console."""
+
+    mode: str = field(MODE, MODE_HELP, default="tty")
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+
+
+class RngConfig(Struct):
+    """Where the guest's entropy comes from."""
+
+    src: str = field(PATH, "file that entropy is read from", default="/dev/urandom")
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+
+
+class VmConfig(Struct):
+    """A virtual machine."""
+
+    cpus: CpusConfig = field(Nested(CpusConfig), "vCPUs", factory=lambda _: CpusConfig())
+    memory: MemoryConfig = field(Nested(MemoryConfig), "RAM", factory=lambda _: MemoryConfig())
+    payload: PayloadConfig = field(Nested(PayloadConfig), "what to boot", factory=lambda _: PayloadConfig())
+    serial: SerialConfig = field(Nested(SerialConfig), "serial port", factory=lambda _: SerialConfig())
+    console: ConsoleConfig = field(
+        Nested(ConsoleConfig),
+        "virtio console; off by itself where --serial is tty",
+        factory=lambda vm: ConsoleConfig(mode="off" if vm.serial.mode == "tty" else "tty"),
+    )
+    rng: RngConfig = field(Nested(RngConfig), "entropy device", factory=lambda _: RngConfig())
+
+
+class ApiSocketConfig(Struct):
+    """Where the API listens: at a path, or on a socket that listens already."""
+
+    bare = "path"
+
+    path: str | None = field(
+        PATH, "Unix socket to make", default=None, default_help="pileus.PID in /run/user/UID or /run"
+    )
+    fd: int | None = field(FD, "number of an inherited socket, listening already", default=None)
+
+    @property
+    def where(self) -> str:
+        """The path given, or the default: in the run-time directory of the user, also of one behind sudo."""
+        user = os.environ.get("SUDO_UID", "") if os.geteuid() == 0 else str(os.geteuid())
+        folder = f"/run/user/{user}" if user.isdecimal() else "/run"
+        return self.path or f"{folder}/pileus.{os.getpid()}"
+
+
+class VmmConfig(Struct):
+    """The whole of a pileus process."""
+
+    vm: VmConfig | None = field(Nested(VmConfig), "the VM to boot", default=None)
+    api_socket: ApiSocketConfig = field(
+        Nested(ApiSocketConfig), "where the API listens", factory=lambda _: ApiSocketConfig()
+    )
+    seccomp: str = field(
+        Choice("true", "false", "log", "errno"),
+        "accepted for the programs that pass it; no filter is in force yet",
+        default="true",
+    )
+    log_file: str | None = field(
+        PATH, "file for messages, emptied first", default=None, default_help="standard error"
+    )
+    verbosity: int = field(
+        Times(), "warnings too; again: info, debug, trace", default=0, default_help="errors only"
+    )

@@ -1,0 +1,35 @@
+from libc.stdint cimport uint8_t, uint64_t
+
+
+cdef struct Span:
+    uint64_t gpa
+    uint64_t size
+    uint8_t *hva
+    uint64_t *dirty    # a bit per page, set by our own writes; NULL while nobody asks
+
+
+cdef enum:
+    MAX_SPANS = 64
+
+
+cdef class Region:
+    cdef readonly int fd             # the memfd or file behind it
+    cdef readonly uint64_t offset    # of the region in that file, in bytes
+    cdef readonly uint64_t size
+    cdef readonly uint64_t page_size
+    cdef uint8_t *base
+    cdef int exports                 # memoryviews alive: unmapping under them would leave them dangling
+
+    cdef _advise(self, int advice, str doing)
+
+
+cdef class GuestMemory:
+    cdef Span spans[MAX_SPANS]
+    cdef size_t count
+    cdef readonly list regions       # of (gpa, Region), ascending
+    cdef readonly uint64_t size
+
+    # The host address of [gpa, gpa + length), or NULL if that is not all RAM of one region. A length of 0 is NULL.
+    cdef uint8_t *at(self, uint64_t gpa, uint64_t length) noexcept nogil
+    # Tell dirty tracking that [gpa, gpa + length), which lies in one region, was written by us.
+    cdef void mark(self, uint64_t gpa, uint64_t length) noexcept nogil

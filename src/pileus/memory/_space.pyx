@@ -1,0 +1,275 @@
+"""Guest memory: mappings of the host, and the guest-physical address space made of them.
+
+Every access by a guest-physical address is checked here, against the regions, before a byte moves.
+"""
+
+import os
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from pileus.errors import HostError
+
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t size, int protection, int flags, int fd, long offset)
+    int munmap(void *address, size_t size)
+    int madvise(void *address, size_t size, int advice)
+    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_NORESERVE
+    int MADV_HUGEPAGE, MADV_MERGEABLE, MADV_POPULATE_WRITE
+    void *MAP_FAILED
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    ssize_t pread(int fd, void *buffer, size_t length, long offset)
+
+
+cdef extern from "<sys/vfs.h>" nogil:
+    struct statfs:
+        long f_type
+        long f_bsize
+    int fstatfs(int fd, statfs *result)
+
+
+cdef extern from "<linux/magic.h>":
+    long HUGETLBFS_MAGIC
+
+
+cdef enum:
+    PAGE_SHIFT = 12
+    CHUNK = 1 << 30  # bytes per read: one call takes no more than 2 GiB less a page
+
+
+def page_size_of(int fd):
+    """The page size in bytes of a mapping of ``fd``: hugetlbfs's own, else 4096."""
+    cdef statfs info
+    if fstatfs(fd, &info) < 0:
+        raise OSError(errno, os.strerror(errno))
+    return info.f_bsize if info.f_type == HUGETLBFS_MAGIC else 1 << PAGE_SHIFT
+
+
+cdef class Region:
+    """``size`` bytes of ``fd`` from ``offset``, mapped shared and readable as a writable buffer.
+
+    Owns ``fd`` and closes it. ``reserve`` makes the host set the pages aside at once, which is how huge pages
+    fail here rather than by SIGBUS in the guest. Raises HostError.
+    """
+
+    def __cinit__(self, int fd, uint64_t size, uint64_t offset=0, bint reserve=False, uint64_t page_size=4096):
+        cdef int flags = MAP_SHARED if reserve else MAP_SHARED | MAP_NORESERVE
+        cdef void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, offset)
+        cdef int error = errno
+        self.fd, self.size, self.offset, self.page_size, self.base = fd, size, offset, page_size, NULL
+        if base == MAP_FAILED:
+            raise HostError("map", f"{size >> 20} MiB of guest memory", OSError(error, "mmap"))
+        self.base = <uint8_t *>base
+
+    def __dealloc__(self):
+        if self.base != NULL:
+            munmap(self.base, self.size)
+
+    @property
+    def hva(self):
+        """Where the region is mapped in this process."""
+        return <uint64_t>self.base
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        if self.base == NULL:
+            raise ValueError("this region is closed")
+        PyBuffer_FillInfo(buffer, self, self.base, self.size, False, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.exports -= 1
+
+    cdef _advise(self, int advice, str doing):
+        cdef int error
+        with nogil:
+            error = errno if madvise(self.base, self.size, advice) < 0 else 0
+        if error:
+            raise HostError(doing, f"{self.size >> 20} MiB of guest memory", OSError(error, "madvise"))
+
+    def advise_huge(self):
+        """Ask for transparent huge pages."""
+        self._advise(MADV_HUGEPAGE, "use transparent huge pages for")
+
+    def advise_mergeable(self):
+        """Let the kernel's same-page merging look at it."""
+        self._advise(MADV_MERGEABLE, "merge")
+
+    def prefault(self):
+        """Make every page present now, so that the guest never waits for one."""
+        self._advise(MADV_POPULATE_WRITE, "prefault")
+
+    def close(self):
+        """Unmap and close. Raises BufferError while a memoryview of it is alive."""
+        if self.exports:
+            raise BufferError(f"{self.exports} views of this region are alive")
+        if self.base != NULL:
+            munmap(self.base, self.size)
+            self.base = NULL
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+cdef class GuestMemory:
+    """The guest-physical RAM made of ``regions``, (gpa, Region) in ascending order; owns and closes them."""
+
+    def __cinit__(self, regions):
+        cdef Region region
+        cdef size_t index
+        if len(regions) > MAX_SPANS:
+            raise ValueError(f"a guest has at most {MAX_SPANS} regions of RAM, not {len(regions)}")
+        self.regions = list(regions)
+        for index, (gpa, region) in enumerate(self.regions):
+            self.spans[index].gpa, self.spans[index].size = gpa, region.size
+            self.spans[index].hva, self.spans[index].dirty = region.base, NULL
+            self.size += region.size
+            self.count += 1
+
+    def __dealloc__(self):
+        self.stop_tracking()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self.stop_tracking()
+        self.count = 0
+        while self.regions:
+            self.regions.pop()[1].close()
+
+    @property
+    def ranges(self):
+        """(gpa, size) of each region, ascending."""
+        return [(gpa, region.size) for gpa, region in self.regions]
+
+    cdef uint8_t *at(self, uint64_t gpa, uint64_t length) noexcept nogil:
+        cdef size_t index
+        cdef Span *span
+        cdef uint64_t offset
+        for index in range(self.count):
+            span = &self.spans[index]
+            offset = gpa - span.gpa  # wraps to something large below the span
+            if offset < span.size:
+                return span.hva + offset if 0 < length <= span.size - offset else NULL
+        return NULL
+
+    cdef void mark(self, uint64_t gpa, uint64_t length) noexcept nogil:
+        cdef size_t index
+        cdef Span *span
+        cdef uint64_t page, last
+        for index in range(self.count):
+            span = &self.spans[index]
+            if gpa - span.gpa < span.size and span.dirty != NULL:
+                page = (gpa - span.gpa) >> PAGE_SHIFT
+                last = (gpa - span.gpa + length - 1) >> PAGE_SHIFT
+                while page <= last:
+                    _set_bit(&span.dirty[page >> 6], <uint64_t>1 << (page & 63))
+                    page += 1
+
+    def start_tracking(self):
+        """From now on note the pages that the VMM itself writes; KVM notes what the guest writes."""
+        cdef size_t index
+        for index in range(self.count):
+            if self.spans[index].dirty == NULL:
+                self.spans[index].dirty = <uint64_t *>calloc(_words(self.spans[index].size), 8)
+                if self.spans[index].dirty == NULL:
+                    raise MemoryError
+
+    def stop_tracking(self):
+        cdef size_t index
+        for index in range(self.count):
+            free(self.spans[index].dirty)
+            self.spans[index].dirty = NULL
+
+    def take_dirty(self, size_t index):
+        """The bitmap of region ``index`` since the last call, a bit per 4 KiB page in 64-bit words, and clear it."""
+        cdef size_t word, words
+        if index >= self.count or self.spans[index].dirty == NULL:
+            raise ValueError(f"region {index} is not tracked")
+        words = _words(self.spans[index].size)
+        cdef bytearray taken = bytearray(words * 8)
+        cdef uint64_t *copy = <uint64_t *><char *>taken
+        for word in range(words):
+            copy[word] = _exchange(&self.spans[index].dirty[word], 0)
+        return taken
+
+    def view(self, uint64_t gpa, uint64_t size):
+        """A writable view of RAM; the caller marks what it writes. Raises ValueError outside one region."""
+        for base, region in self.regions:
+            if base <= gpa < base + region.size and size <= base + region.size - gpa:
+                return memoryview(region)[gpa - base : gpa - base + size]
+        raise ValueError(f"{size:#x} bytes at {gpa:#x} are not guest memory")
+
+    def mark_dirty(self, uint64_t gpa, uint64_t length):
+        """For the writer of a ``view``."""
+        if self.at(gpa, length) == NULL:
+            raise ValueError(f"{length:#x} bytes at {gpa:#x} are not guest memory")
+        self.mark(gpa, length)
+
+    def read(self, uint64_t gpa, uint64_t size):
+        """A copy of RAM as bytes. Raises ValueError as ``view`` does."""
+        cdef uint8_t *source = self.at(gpa, size)
+        if source == NULL:
+            if size == 0:
+                return b""
+            raise ValueError(f"{size:#x} bytes at {gpa:#x} are not guest memory")
+        return (<char *>source)[:size]
+
+    def write(self, uint64_t gpa, const uint8_t[::1] data not None):
+        """Copy ``data`` to RAM. Raises ValueError as ``view`` does."""
+        cdef uint64_t length = data.shape[0]
+        cdef uint8_t *target = self.at(gpa, length)
+        if length == 0:
+            return
+        if target == NULL:
+            raise ValueError(f"{length:#x} bytes at {gpa:#x} are not guest memory")
+        memcpy(target, &data[0], length)
+        self.mark(gpa, length)
+
+    def load_file(self, uint64_t gpa, int fd, uint64_t offset, uint64_t length):
+        """Read ``length`` bytes at ``offset`` of ``fd`` straight into RAM.
+
+        Raises ValueError as ``view`` does, EOFError where the file ends before, OSError where reading fails.
+        """
+        cdef uint8_t *target = self.at(gpa, length)
+        cdef uint64_t done = 0
+        cdef ssize_t got
+        cdef int error
+        if length == 0:
+            return
+        if target == NULL:
+            raise ValueError(f"{length:#x} bytes at {gpa:#x} are not guest memory")
+        while done < length:
+            with nogil:
+                got = pread(fd, target + done, min(length - done, <uint64_t>CHUNK), offset + done)
+                error = errno
+            if got < 0 and error != EINTR:
+                raise OSError(error, os.strerror(error))
+            if got == 0:
+                raise EOFError(f"the file ends {length - done} bytes early")
+            if got > 0:
+                done += got
+        self.mark(gpa, length)
+
+
+cdef extern from *:
+    """
+    #define pileus_set_bit(word, bit) ((void)__atomic_fetch_or((word), (bit), __ATOMIC_RELAXED))
+    #define pileus_exchange(word, value) __atomic_exchange_n((word), (value), __ATOMIC_ACQ_REL)
+    """
+    void _set_bit "pileus_set_bit"(uint64_t *word, uint64_t bit) nogil
+    uint64_t _exchange "pileus_exchange"(uint64_t *word, uint64_t value) nogil
+
+
+cdef size_t _words(uint64_t size) noexcept nogil:
+    """64-bit words of a bitmap with a bit per page of ``size`` bytes."""
+    return ((size >> PAGE_SHIFT) + 63) // 64

@@ -1,0 +1,160 @@
+"""Makes a VM of its configuration: the one place where the parts of a machine are wired together."""
+
+import os
+
+from pileus import log
+from pileus.arch.x86_64 import layout, mptable, msr, regs
+from pileus.arch.x86_64.acpi import tables
+from pileus.arch.x86_64.acpi.machine import Machine
+from pileus.arch.x86_64.cpuid import Template
+from pileus.arch.x86_64.topology import Topology
+from pileus.boot.loader import PVH, load
+from pileus.bus import Bus
+from pileus.cleanup import Cleanup
+from pileus.devices.debug_port import DebugPort
+from pileus.devices.i8042 import I8042
+from pileus.devices.power import Power
+from pileus.devices.pvpanic import PvPanic
+from pileus.devices.rtc import Rtc
+from pileus.devices.serial import Serial
+from pileus.errors import ConfigError
+from pileus.memory import GuestMemory, backing
+from pileus.vm.vcpu import CRASH, POWER_OFF, RESET, Event, VcpuThread
+from pileus.vm.vm import Vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pileus.config.model import CpusConfig, VmConfig
+    from pileus.console import Console
+    from pileus.kvm import Kvm, Vcpu
+    from pileus.kvm import Vm as KvmVm
+
+
+def build(
+    config: "VmConfig", kvm: "Kvm", console: "Console | None", report: "Callable[[Event], None]"
+) -> Vm:
+    """A VM ready to start; nothing of it is left if this raises (PileusError).
+
+    ``console`` is the far end of the serial port, None for no serial port. ``report`` gets what the guest
+    does to the VM as a whole, on a vCPU's thread.
+    """
+    cleanup = Cleanup()
+    try:
+        return _Builder(config, kvm, console, report, cleanup).build()
+    except BaseException:
+        cleanup.close()
+        raise
+
+
+class _Builder:
+    def __init__(
+        self,
+        config: "VmConfig",
+        kvm: "Kvm",
+        console: "Console | None",
+        report: "Callable[[Event], None]",
+        cleanup: Cleanup,
+    ) -> None:
+        self.config = config
+        self.kvm = kvm
+        self.console = console
+        self.report = report
+        self.cleanup = cleanup
+        self.ports = Bus("ports")
+        self.mmio = Bus("mmio")
+
+    def build(self) -> Vm:
+        topology = topology_of(self.config.cpus, self.kvm)
+        self.vm = self.cleanup.own(self.kvm.create_vm())
+        memory = self._add_memory()
+        self._add_irqchip()
+        self._add_devices()
+        vcpus = self._add_vcpus(topology)
+        self._load(memory, vcpus[0], topology)
+        threads = [
+            VcpuThread(index, vcpu, self.ports, self.mmio, self.report) for index, vcpu in enumerate(vcpus)
+        ]
+        return Vm(memory, threads, self.cleanup)
+
+    def _add_memory(self) -> GuestMemory:
+        memory = backing.allocate(self.config.memory, layout.ram_ranges(self.config.memory.size))
+        self.cleanup.own(memory)
+        for slot, (gpa, region) in enumerate(memory.regions):
+            self.vm.set_memory(slot, gpa, region.size, region.hva)
+        return memory
+
+    def _add_irqchip(self) -> None:
+        """All controllers in the kernel. A timer chip is needed only where the local APIC's is not enough."""
+        self.vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
+        self.vm.set_tss_address(layout.KVM_TSS)
+        self.vm.create_irqchip()
+        if not self.kvm.has_tsc_deadline:
+            self.vm.create_pit()
+
+    def _add_devices(self) -> None:
+        report = self.report
+        power = Power(
+            reset=lambda: report(Event(RESET, "by ACPI")), power_off=lambda: report(Event(POWER_OFF, "by ACPI"))
+        )
+        self.ports.insert(layout.PORT_I8042, 5, I8042(lambda: report(Event(RESET, "by the i8042"))))
+        self.ports.insert(layout.PORT_CMOS, 2, Rtc(self.config.memory.size))
+        self.ports.insert(layout.PORT_DEBUG, 1, DebugPort(log.debug))
+        self.ports.insert(layout.PORT_POWER, 4, power)
+        self.ports.insert(layout.PORT_PVPANIC, 1, PvPanic(lambda _: report(Event(CRASH, "by pvpanic"))))
+        if self.console is not None:
+            self._add_serial(self.console)
+
+    def _add_serial(self, console: "Console") -> None:
+        call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.cleanup.call(lambda: os.close(call_fd))
+        serial = self.cleanup.own(Serial(console.sink, call_fd))
+        self.vm.add_irqfd(call_fd, layout.GSI_COM1)
+        self.ports.insert(layout.PORT_COM1, 8, serial)
+        console.connect(serial)
+        self.cleanup.call(console.disconnect)
+
+    def _add_vcpus(self, topology: Topology) -> "list[Vcpu]":
+        vcpus = [
+            self.cleanup.own(self.vm.create_vcpu(topology.apic_id(index)))
+            for index in range(self.config.cpus.boot)
+        ]
+        template = Template(
+            self.kvm.supported_cpuid(),
+            topology,
+            tsc_khz=vcpus[0].tsc_khz,
+            tsc_deadline=self.kvm.has_tsc_deadline,
+            max_phys_bits=self.config.cpus.max_phys_bits,
+        )
+        msrs = msr.boot_msrs()
+        for index, vcpu in enumerate(vcpus):
+            vcpu.set_cpuid(template.for_vcpu(index))
+            vcpu.set_msrs(msrs)
+            regs.reset_fpu(vcpu)
+            regs.wire_local_interrupts(vcpu)
+        return vcpus
+
+    def _load(self, memory: GuestMemory, vcpu: "Vcpu", topology: Topology) -> None:
+        """Kernel, boot data and tables into memory, and the boot vCPU to the kernel's entry."""
+        payload = self.config.payload
+        entry = load(memory, payload.kernel or "", payload.cmdline or "", payload.initramfs)
+        boot, most = self.config.cpus.boot, self.config.cpus.max or self.config.cpus.boot
+        apic_ids = [topology.apic_id(index) for index in range(most)]
+        machine = Machine(apic_ids, boot, serial=self.console is not None)
+        for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]):
+            memory.write(gpa, table)
+        regs.write_boot_tables(memory, entry.protocol == PVH)
+        regs.enter(vcpu, entry)
+
+
+def topology_of(cpus: "CpusConfig", kvm: "Kvm") -> Topology:
+    """The topology asked for, or one package with a core per vCPU. Raises ConfigError beyond what KVM can do."""
+    most = cpus.max or cpus.boot
+    if most > kvm.max_vcpus:
+        raise ConfigError("--cpus", most, f"at most {kvm.max_vcpus} vCPUs are possible on this host")
+    wanted = cpus.topology
+    topology = Topology(1, most, 1, 1) if wanted is None else Topology(*wanted)
+    if topology.apic_id(most - 1) >= kvm.max_vcpu_id:
+        raise ConfigError("--cpus topology", wanted, f"its APIC ids pass {kvm.max_vcpu_id - 1}, KVM's last")
+    return topology

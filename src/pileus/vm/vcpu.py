@@ -1,0 +1,112 @@
+"""A vCPU's thread: from the first KVM_RUN until the VM stops."""
+
+import _thread
+
+from pileus import log
+from pileus.errors import PileusError
+from pileus.kvm._vcpu import (
+    DEVICE_FAILED,
+    EVENT_CRASH,
+    EVENT_RESET,
+    EVENT_SHUTDOWN,
+    KICKED,
+    SYSTEM_EVENT,
+    TRIPLE_FAULT,
+    name_thread,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pileus.bus import Bus
+    from pileus.kvm import Vcpu
+
+STACK_SIZE = 256 << 10  # bytes: the deepest path is a Python device
+
+# What a guest did, as the control loop hears of it.
+POWER_OFF, RESET, FAULT, CRASH, FAILURE = "power off", "reset", "triple fault", "crash", "failure"
+
+
+class Event:
+    """``kind`` of the constants above; ``text`` says more in one clause; ``error`` is a bug of ours, if one."""
+
+    __slots__ = ("error", "kind", "text")
+
+    def __init__(self, kind: str, text: str, error: BaseException | None = None) -> None:
+        self.kind = kind
+        self.text = text
+        self.error = error
+
+
+SYSTEM_EVENTS = {EVENT_SHUTDOWN: POWER_OFF, EVENT_RESET: RESET, EVENT_CRASH: CRASH}
+
+
+def explain(index: int, rip: str, reason: str, detail: "Any") -> Event:
+    """What the exit ``reason`` of vCPU ``index`` at ``rip`` means for the VM."""
+    where = f"vCPU {index} at RIP {rip}"
+    if reason == TRIPLE_FAULT:
+        return Event(FAULT, where)
+    if reason == SYSTEM_EVENT and detail[0] in SYSTEM_EVENTS:
+        return Event(SYSTEM_EVENTS[detail[0]], f"{where} asked for it")
+    if reason == DEVICE_FAILED:
+        return Event(FAILURE, f"{where} touched a device that failed", detail)
+    shown = ", ".join(f"{each:#x}" for each in detail) if isinstance(detail, tuple) else detail
+    return Event(FAILURE, f"{where} stopped: {reason}" + ("" if detail is None else f" ({shown})"))
+
+
+class VcpuThread:
+    """Runs ``vcpu``; whatever ends it but ``stop`` goes to ``report``, on the vCPU's own thread."""
+
+    def __init__(
+        self, index: int, vcpu: "Vcpu", ports: "Bus", mmio: "Bus", report: "Callable[[Event], None]"
+    ) -> None:
+        self.index = index
+        self.vcpu = vcpu
+        self._ports = ports
+        self._mmio = mmio
+        self._report = report
+        self._stopping = False
+        self._alive = _thread.allocate_lock()  # held while the thread lives
+
+    def start(self) -> None:
+        self._alive.acquire()
+        try:
+            _thread.start_new_thread(self._main, ())
+        except BaseException:
+            self._alive.release()
+            raise
+
+    def ask_to_stop(self) -> None:
+        """Make the thread leave the guest and end; returns at once."""
+        self._stopping = True
+        self.vcpu.kick()
+
+    def join(self) -> None:
+        """Wait for the thread's end."""
+        with self._alive:
+            pass
+
+    def _run(self) -> bool:
+        """Run the guest once; return whether it is to go on."""
+        reason, detail = self.vcpu.run(self._ports, self._mmio)
+        if reason == KICKED:
+            return True
+        event = explain(self.index, self.vcpu.rip_text(), reason, detail)
+        self._report(event)
+        return event.kind == CRASH  # a guest that says so goes on to dump or to reboot
+
+    def _main(self) -> None:
+        try:
+            name_thread(f"vcpu{self.index}")
+            if self.index == 0:
+                log.debug("kernel entered")
+            while not self._stopping and self._run():
+                pass
+        except PileusError as error:
+            self._report(Event(FAILURE, str(error)))
+        except BaseException as error:
+            self._report(Event(FAILURE, f"vCPU {self.index} stopped", error))
+        finally:
+            self._alive.release()

@@ -1,0 +1,50 @@
+"""One VM: what the builder made, its threads, and its end."""
+
+import _thread
+
+from pileus.cleanup import Cleanup
+from pileus.vm.vcpu import STACK_SIZE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pileus.memory import GuestMemory
+    from pileus.vm.vcpu import VcpuThread
+
+
+class Vm:
+    """A built machine. ``start`` once, ``close`` once; a reboot is another Vm from the same configuration."""
+
+    def __init__(self, memory: "GuestMemory", threads: "list[VcpuThread]", cleanup: Cleanup) -> None:
+        self.memory = memory
+        self.threads = threads
+        self._cleanup = cleanup
+        self._started: list[VcpuThread] = []
+
+    def start(self) -> None:
+        """Let the vCPUs run, each on a thread of its own."""
+        _thread.stack_size(STACK_SIZE)
+        for thread in self.threads:
+            thread.start()
+            self._started.append(thread)
+
+    def stop(self) -> None:
+        """Take the vCPUs out of the guest and end their threads."""
+        for thread in self._started:
+            thread.ask_to_stop()
+        for thread in self._started:
+            thread.join()
+        self._started.clear()
+
+    def close(self) -> None:
+        """Stop, and give back memory, descriptors and devices."""
+        self.stop()
+        self._cleanup.close()
+
+    @property
+    def exits(self) -> dict[int, int]:
+        """How often the guest left to this process, by KVM_EXIT_* number, all vCPUs together."""
+        total: dict[int, int] = {}
+        for thread in self.threads:
+            for reason, count in thread.vcpu.exits.items():
+                total[reason] = total.get(reason, 0) + count
+        return total

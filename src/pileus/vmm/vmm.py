@@ -1,0 +1,142 @@
+"""The VMM: owns the host's ends and the VM, and decides what each event means. All on one thread."""
+
+from pileus import log
+from pileus.cleanup import Cleanup
+from pileus.config.model import VmmConfig
+from pileus.console import Console, open_console
+from pileus.kvm import Kvm
+from pileus.vm import builder
+from pileus.vm.vcpu import CRASH, FAILURE, FAULT, POWER_OFF, RESET, Event
+from pileus.vmm._signals import SignalFd
+from pileus.vmm.loop import READABLE, Loop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pileus.config.model import VmConfig
+    from pileus.vm.vm import Vm
+
+SIGHUP, SIGINT, SIGQUIT, SIGTERM = 1, 2, 3, 15  # <signal.h>; importing ``signal`` costs a start 4 ms
+ENDING_SIGNALS = {SIGHUP: "SIGHUP", SIGINT: "SIGINT", SIGQUIT: "SIGQUIT", SIGTERM: "SIGTERM"}
+
+
+class Vmm:
+    """Runs one VM through its reboots to its end. ``close`` leaves nothing behind, however far things got."""
+
+    def __init__(self) -> None:
+        self.loop = Loop()
+        self.status = 0  # the process's exit status
+        self._cleanup = Cleanup()
+        self._cleanup.own(self.loop)
+        self._signals = self._cleanup.own(SignalFd(ENDING_SIGNALS))
+        self.loop.watch(self._signals.fd, READABLE, lambda _: self._signalled())
+        self._kvm: Kvm | None = None
+        self._console: Console | None = None
+        self._config: VmConfig | None = None
+        self._vm: Vm | None = None
+
+    def close(self) -> None:
+        try:
+            self._end_vm()
+        finally:
+            self._cleanup.close()
+
+    def boot(self, config: "VmConfig") -> None:
+        """Open what the VM needs of the host, build it and let it run. Raises PileusError."""
+        self._config = config
+        self._kvm = self._cleanup.own(Kvm())
+        if config.serial.mode != "off":
+            self._console = self._cleanup.own(
+                open_console(
+                    config.serial.mode, config.serial.path or "", name="serial", warn=log.warning, quit=self._quit
+                )
+            )
+            self._console.start(self.loop)
+            if config.serial.mode == "pty":
+                log.warning(f"serial: the guest's serial port is {self._console.path}")
+        self._build()
+
+    def _build(self) -> None:
+        assert self._kvm is not None
+        assert self._config is not None
+        vm: Vm | None = None
+
+        def report(event: Event) -> None:
+            self.loop.post(lambda: self._happened(vm, event))
+
+        vm = builder.build(self._config, self._kvm, self._console, report)
+        self._vm = vm
+        vm.start()
+
+    def _end_vm(self) -> None:
+        if (vm := self._vm) is not None:
+            self._vm = None
+            vm.stop()
+            log.info(f"exits to the VMM by KVM_EXIT number: {vm.exits}")
+            vm.close()
+
+    def _happened(self, vm: "Vm | None", event: Event) -> None:
+        """What a VM reported; one that is gone by now is of no interest."""
+        if vm is not None and vm is self._vm:
+            EVENTS[event.kind](self, event)
+
+    def _powered_off(self, event: Event) -> None:
+        log.info("the guest powered off")
+        self._finish(0)
+
+    def _reset(self, event: Event) -> None:
+        log.info("the guest asked for a reset")
+        self._reboot()
+
+    def _faulted(self, event: Event) -> None:
+        log.error(f"the guest ended in a triple fault, {event.text}; it is reset")
+        self._reboot()
+
+    def _crashed(self, event: Event) -> None:
+        log.error(f"the guest reported a panic, {event.text}")
+
+    def _failed(self, event: Event) -> None:
+        log.error(event.text)
+        if event.error is not None:
+            log.exception(event.error)
+        self._finish(1)
+
+    def _reboot(self) -> None:
+        """A new VM from the same configuration, once the old one is gone; consoles stay open."""
+        self._end_vm()
+        if self._console is not None:
+            self._console.restart()
+        self._build()
+
+    def _signalled(self) -> None:
+        for number in self._signals.take():
+            log.info(f"ending on {ENDING_SIGNALS[number]}")
+            self._finish(128 + number)
+
+    def _quit(self) -> None:
+        log.info("ending on Ctrl-A x")
+        self._finish(0)
+
+    def _finish(self, status: int) -> None:
+        self.status = status
+        self.loop.stop()
+
+
+EVENTS = {
+    POWER_OFF: Vmm._powered_off,
+    RESET: Vmm._reset,
+    FAULT: Vmm._faulted,
+    CRASH: Vmm._crashed,
+    FAILURE: Vmm._failed,
+}
+
+
+def run(config: VmmConfig) -> int:
+    """Run the VM of ``config`` to its end; returns the exit status. Raises PileusError."""
+    vmm = Vmm()
+    try:
+        if config.vm is not None:
+            vmm.boot(config.vm)
+        vmm.loop.run()
+    finally:
+        vmm.close()
+    return vmm.status
