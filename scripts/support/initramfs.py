@@ -5,6 +5,8 @@ The same input gives the same bytes.
 """
 
 import lzma
+import os
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -74,7 +76,7 @@ def _closure(modules: Path, names: list[str]) -> list[Path]:
 
 
 class Cpio:
-    """Writes the "newc" format: owner root, time 0, inodes counted up.
+    """Writes the "newc" format: owner root, inodes counted up, and time 0 except in a copied tree.
 
     Source: Linux, Documentation/driver-api/early-userspace/buffer-format.rst.
     """
@@ -95,13 +97,27 @@ class Cpio:
     def console(self, name: str) -> None:
         self._add(name, b"", 0o020600, device=(5, 1))
 
+    def tree(self, path: Path, prefix: str) -> None:
+        """Add the file or folder ``path`` below ``prefix``, with times: Python's .pyc files depend on them."""
+        for parent in reversed(path.parents[:-1]):
+            self._add(f"{prefix}{parent}", b"", 0o040755)
+        found = [path, *sorted(path.rglob("*"))] if path.is_dir() and not path.is_symlink() else [path]
+        for entry in found:
+            status = entry.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                self._add(f"{prefix}{entry}", os.readlink(entry).encode(), status.st_mode)
+            elif stat.S_ISDIR(status.st_mode):
+                self._add(f"{prefix}{entry}", b"", status.st_mode)
+            elif stat.S_ISREG(status.st_mode):
+                self._add(f"{prefix}{entry}", entry.read_bytes(), status.st_mode, time=int(status.st_mtime))
+
     def finish(self) -> bytes:
         self._add("TRAILER!!!", b"", 0)
         return b"".join(self._parts)
 
-    def _add(self, name: str, data: bytes, mode: int, device: tuple[int, int] = (0, 0)) -> None:
+    def _add(self, name: str, data: bytes, mode: int, device: tuple[int, int] = (0, 0), time: int = 0) -> None:
         self._inode += 1
-        links, size = 1, len(data)
-        fields = (self._inode, mode, 0, 0, links, 0, size, 0, 0, *device, len(name) + 1, 0)
-        header = b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
+        links, size, encoded = 1, len(data), os.fsencode(name)
+        fields = (self._inode, mode, 0, 0, links, time, size, 0, 0, *device, len(encoded) + 1, 0)
+        header = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded + b"\0"
         self._parts += [header, bytes(-len(header) % 4), data, bytes(-len(data) % 4)]
