@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Cleanup:
-    """Closes what was given to ``own`` in the opposite order; a failure of one does not keep the next from it."""
+    """Closes what was given to ``own`` in the opposite order; the failure of one does not spare the next."""
 
     def __init__(self) -> None:
         self._calls: list[Callable[[], object]] = []

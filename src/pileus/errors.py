@@ -54,7 +54,9 @@ class KvmError(HostError):
     """The ioctl ``name`` of KVM failed with ``errno``."""
 
     def __init__(self, name: str, errno: int, note: str = "") -> None:
-        super().__init__("use", "/dev/kvm", f"{name} failed: {os.strerror(errno)}{f' ({note})' if note else ''}")
+        super().__init__(
+            "use", "/dev/kvm", f"{name} failed: {os.strerror(errno)}{f' ({note})' if note else ''}"
+        )
         self.name = name
         self.errno = errno
 

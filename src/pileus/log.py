@@ -52,7 +52,7 @@ def trace(message: str) -> None:
 
 def exception(error: BaseException) -> None:
     """A bug: the error with its traceback, at level error."""
-    import traceback  # noqa: PLC0415 - costs 10 ms, and only a bug needs it
+    import traceback
 
     for line in "".join(traceback.format_exception(error)).splitlines():
         _write(ERROR, line, 2)
@@ -113,7 +113,7 @@ def _write(at: int, message: str, depth: int) -> None:
     file = caller.f_code.co_filename.rpartition("/pileus/")[2]
     when = time.monotonic() - _started
     line = f"pileus: {when:.6f}s: {NAMES[at]}:{file}:{caller.f_lineno} -- {one_line(message)}"
-    try:  # noqa: SIM105 - contextlib would cost a start 3 ms
+    try:
         os.write(_fd, (line + _line_end()).encode(errors="backslashreplace"))
     except OSError:
         pass

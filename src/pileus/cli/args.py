@@ -98,9 +98,9 @@ def _note(given: "Given", option: Option, values: list[str], times: int, equals:
 def _unknown(flags: dict[str, Option], name: str) -> ConfigError:
     if not name.startswith("-"):
         return ConfigError("argument", shown(name), "an option is needed here; see --help")
-    from difflib import get_close_matches  # noqa: PLC0415 - costs 10 ms, and only an error needs it
+    from difflib import get_close_matches
 
-    nearest = get_close_matches(name, flags, 1)
+    nearest = get_close_matches(name, [flag for flag in flags if flag.startswith("--")], 1)
     hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
     return ConfigError("option", shown(name), f"there is no such option; {hint}")
 

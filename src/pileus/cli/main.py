@@ -37,7 +37,7 @@ def configure(given: dict[str, list[str]]) -> VmmConfig:
 def _run(arguments: list[str]) -> int:
     given = scan(arguments, OPTIONS)
     if HELP.flag in given:
-        from pileus.cli.help import usage  # noqa: PLC0415 - a start does not need it
+        from pileus.cli.help import usage
 
         return _say(STDOUT, usage())
     if VERSION.flag in given:
@@ -47,7 +47,7 @@ def _run(arguments: list[str]) -> int:
     _say(STDOUT, summary(config))
     if config.vm is not None and config.vm.payload.kernel is None:
         config.vm = None  # nothing to boot: the API may bring a VM later
-    from pileus.vmm.vmm import run  # noqa: PLC0415 - bad options are told before the machine is loaded
+    from pileus.vmm.vmm import run
 
     return run(config)
 

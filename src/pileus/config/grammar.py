@@ -22,9 +22,8 @@ SHOWN = 100  # characters of a value that an error repeats
 def parse(struct: "type[S]", option: str, text: str) -> "S":
     """The ``struct`` that ``text`` describes. Raises ConfigError in the name of ``option``."""
     given = {_key(struct, option, piece): piece for piece in _pieces(option, text)}
-    values = {
-        key: _value(struct.fields[key], option, piece) for key, piece in given.items() if piece[-1] != "="
-    }
+    told = {key: piece for key, piece in given.items() if _cut(piece)[1]}
+    values = {key: _value(struct.fields[key], option, piece) for key, piece in told.items()}
     for field in map(struct.fields.__getitem__, given):
         if field.implies is not None:
             values.setdefault(*field.implies)

@@ -8,17 +8,14 @@ SWITCHES = {"on": True, "off": False, "true": True, "false": False}
 
 def parse_count(text: str) -> int:
     """A decimal number without a sign; blanks around it do not matter."""
-    digits = text.strip()
-    if not (digits.isascii() and digits.isdigit()):
-        raise ValueError(f"{text!r} is not a decimal number")
-    return int(digits)
+    return _digits(text.strip())
 
 
 def parse_size(text: str) -> int:
     """Bytes: a decimal number and perhaps one of ``SUFFIXES``."""
     number = text.strip()
     unit = SUFFIXES.get(number[-1:], 1)
-    size = parse_count(number[:-1] if unit > 1 else number) * unit
+    size = _digits(number[:-1] if unit > 1 else number) * unit
     if size > SIZE_MAX:
         raise ValueError(f"{text!r} does not fit into 64 bits")
     return size
@@ -41,3 +38,9 @@ def parse_switch(text: str) -> bool:
 
 def format_switch(value: bool) -> str:
     return "on" if value else "off"
+
+
+def _digits(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{text!r} is not a decimal number")
+    return int(text)

@@ -1,4 +1,4 @@
-"""Guest memory: regions of host memory, placed in the guest-physical address space, checked on every access."""
+"""Guest memory: regions of host memory at guest-physical addresses, checked on every access."""
 
 from pileus.memory._space import GuestMemory, Region
 

@@ -13,7 +13,7 @@ cdef enum:
 
 
 cdef class Region:
-    cdef readonly int fd             # the memfd or file behind it
+    cdef readonly int fd             # the memfd or file behind it, -1: none
     cdef readonly uint64_t offset    # of the region in that file, in bytes
     cdef readonly uint64_t size
     cdef readonly uint64_t page_size

@@ -1,6 +1,7 @@
-from typing_extensions import Buffer
 from types import TracebackType
 from typing import Self
+
+from typing_extensions import Buffer
 
 def page_size_of(fd: int) -> int: ...
 

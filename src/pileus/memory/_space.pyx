@@ -18,7 +18,7 @@ cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t size, int protection, int flags, int fd, long offset)
     int munmap(void *address, size_t size)
     int madvise(void *address, size_t size, int advice)
-    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_NORESERVE
+    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
     int MADV_HUGEPAGE, MADV_MERGEABLE, MADV_POPULATE_WRITE
     void *MAP_FAILED
 
@@ -52,14 +52,15 @@ def page_size_of(int fd):
 
 
 cdef class Region:
-    """``size`` bytes of ``fd`` from ``offset``, mapped shared and readable as a writable buffer.
+    """``size`` bytes of ``fd`` from ``offset``, mapped shared; of memory that is this process's alone where
+    ``fd`` is -1. Readable as a writable buffer.
 
     Owns ``fd`` and closes it. ``reserve`` makes the host set the pages aside at once, which is how huge pages
     fail here rather than by SIGBUS in the guest. Raises HostError.
     """
 
     def __cinit__(self, int fd, uint64_t size, uint64_t offset=0, bint reserve=False, uint64_t page_size=4096):
-        cdef int flags = MAP_SHARED if reserve else MAP_SHARED | MAP_NORESERVE
+        cdef int flags = (MAP_SHARED if fd >= 0 else MAP_PRIVATE | MAP_ANONYMOUS) | (0 if reserve else MAP_NORESERVE)
         cdef void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, offset)
         cdef int error = errno
         self.fd, self.size, self.offset, self.page_size, self.base = fd, size, offset, page_size, NULL

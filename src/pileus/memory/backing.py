@@ -1,6 +1,8 @@
-"""What guest memory is made of: a memfd, huge pages, or the user's file.
+"""What guest memory is made of: memory of this process, a memfd, huge pages, or the user's file.
 
-A memfd (or file) mapped shared can be handed to a backend process at any time, by its descriptor; nothing is
+A memfd (or file) mapped shared can be handed to a backend process by its descriptor, so it is what ``shared``
+asks for. Where nobody shares, private memory is better: hosts give it transparent huge pages as they come,
+which a memfd gets only where the administrator changed shmem_enabled. Nothing is
 reserved, so that a guest may be promised more than the host has. Huge pages are the exception: the host sets
 them aside at once, because a guest that touches one that is missing dies by SIGBUS.
 """
@@ -39,12 +41,16 @@ def allocate(config: "MemoryConfig", ranges: list[tuple[int, int]]) -> GuestMemo
 
 def _region(config: "MemoryConfig", size: int, offset: int) -> Region:
     """``offset`` is where the region begins in RAM counted without holes, and so in a regular file."""
+    if not (config.file or config.shared or config.hugepages):
+        return Region(-1, size)
     fd, offset = _open(config.file, size, offset) if config.file else (_memfd(config, size), 0)
     page_size = page_size_of(fd)
     huge = page_size > PAGE_SIZE
     try:
         if size % page_size:
-            raise ConfigError("--memory size", size, f"a multiple of the page size of {page_size} bytes is needed")
+            raise ConfigError(
+                "--memory size", size, f"a multiple of the page size of {page_size} bytes is needed"
+            )
         return Region(fd, size, offset, reserve=huge, page_size=page_size)
     except HostError as error:
         os.close(fd)
@@ -118,4 +124,6 @@ def _too_few_huge_pages(page_size: int) -> str:
             available = int(free.read()) - int(reserved.read())
     except (OSError, ValueError):
         return "the host has too few free huge pages"
-    return f"the host has {available} free huge pages of {page_size // 1024} KiB; see /proc/sys/vm/nr_hugepages"
+    return (
+        f"the host has {available} free huge pages of {page_size // 1024} KiB; see /proc/sys/vm/nr_hugepages"
+    )

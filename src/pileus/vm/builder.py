@@ -14,7 +14,7 @@ from pileus.cleanup import Cleanup
 from pileus.devices.debug_port import DebugPort
 from pileus.devices.i8042 import I8042
 from pileus.devices.power import Power
-from pileus.devices.pvpanic import PvPanic
+from pileus.devices.pvpanic import CRASH_LOADED, PANICKED, PvPanic
 from pileus.devices.rtc import Rtc
 from pileus.devices.serial import Serial
 from pileus.errors import ConfigError
@@ -29,12 +29,11 @@ if TYPE_CHECKING:
     from pileus.config.model import CpusConfig, VmConfig
     from pileus.console import Console
     from pileus.kvm import Kvm, Vcpu
-    from pileus.kvm import Vm as KvmVm
+
+LAST_SHORT_APIC_ID = 254  # 255 addresses all; beyond, KVM and the guest must agree on 32 bits
 
 
-def build(
-    config: "VmConfig", kvm: "Kvm", console: "Console | None", report: "Callable[[Event], None]"
-) -> Vm:
+def build(config: "VmConfig", kvm: "Kvm", console: "Console | None", report: "Callable[[Event], None]") -> Vm:
     """A VM ready to start; nothing of it is left if this raises (PileusError).
 
     ``console`` is the far end of the serial port, None for no serial port. ``report`` gets what the guest
@@ -69,12 +68,15 @@ class _Builder:
         topology = topology_of(self.config.cpus, self.kvm)
         self.vm = self.cleanup.own(self.kvm.create_vm())
         memory = self._add_memory()
-        self._add_irqchip()
+        long_apic_ids = topology.apic_id(self.config.cpus.max - 1) > LAST_SHORT_APIC_ID
+        self._add_irqchip(long_apic_ids)
         self._add_devices()
-        vcpus = self._add_vcpus(topology)
+        vcpus = self._add_vcpus(topology, long_apic_ids)
         self._load(memory, vcpus[0], topology)
+        affinity = self.config.cpus.affinity or {}
         threads = [
-            VcpuThread(index, vcpu, self.ports, self.mmio, self.report) for index, vcpu in enumerate(vcpus)
+            VcpuThread(index, vcpu, self.ports, self.mmio, self.report, affinity.get(index))
+            for index, vcpu in enumerate(vcpus)
         ]
         return Vm(memory, threads, self.cleanup)
 
@@ -85,8 +87,10 @@ class _Builder:
             self.vm.set_memory(slot, gpa, region.size, region.hva)
         return memory
 
-    def _add_irqchip(self) -> None:
+    def _add_irqchip(self, long_apic_ids: bool) -> None:
         """All controllers in the kernel. A timer chip is needed only where the local APIC's is not enough."""
+        if long_apic_ids:
+            self.vm.enable_x2apic_ids()
         self.vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
         self.vm.set_tss_address(layout.KVM_TSS)
         self.vm.create_irqchip()
@@ -96,15 +100,21 @@ class _Builder:
     def _add_devices(self) -> None:
         report = self.report
         power = Power(
-            reset=lambda: report(Event(RESET, "by ACPI")), power_off=lambda: report(Event(POWER_OFF, "by ACPI"))
+            reset=lambda: report(Event(RESET, "by ACPI")),
+            power_off=lambda: report(Event(POWER_OFF, "by ACPI")),
         )
         self.ports.insert(layout.PORT_I8042, 5, I8042(lambda: report(Event(RESET, "by the i8042"))))
         self.ports.insert(layout.PORT_CMOS, 2, Rtc(self.config.memory.size))
         self.ports.insert(layout.PORT_DEBUG, 1, DebugPort(log.debug))
         self.ports.insert(layout.PORT_POWER, 4, power)
-        self.ports.insert(layout.PORT_PVPANIC, 1, PvPanic(lambda _: report(Event(CRASH, "by pvpanic"))))
+        self.ports.insert(layout.PORT_PVPANIC, 1, PvPanic(self._panicked))
         if self.console is not None:
             self._add_serial(self.console)
+
+    def _panicked(self, bits: int) -> None:
+        """The guest says that it panicked, and whether a kernel of its own will look into that."""
+        if bits & (PANICKED | CRASH_LOADED):
+            self.report(Event(CRASH, "to pvpanic" + (" and dumps itself" if bits & CRASH_LOADED else "")))
 
     def _add_serial(self, console: "Console") -> None:
         call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -115,7 +125,7 @@ class _Builder:
         console.connect(serial)
         self.cleanup.call(console.disconnect)
 
-    def _add_vcpus(self, topology: Topology) -> "list[Vcpu]":
+    def _add_vcpus(self, topology: Topology, long_apic_ids: bool) -> "list[Vcpu]":
         vcpus = [
             self.cleanup.own(self.vm.create_vcpu(topology.apic_id(index)))
             for index in range(self.config.cpus.boot)
@@ -126,6 +136,7 @@ class _Builder:
             tsc_khz=vcpus[0].tsc_khz,
             tsc_deadline=self.kvm.has_tsc_deadline,
             max_phys_bits=self.config.cpus.max_phys_bits,
+            long_apic_ids=long_apic_ids,
         )
         msrs = msr.boot_msrs()
         for index, vcpu in enumerate(vcpus):
@@ -138,8 +149,8 @@ class _Builder:
     def _load(self, memory: GuestMemory, vcpu: "Vcpu", topology: Topology) -> None:
         """Kernel, boot data and tables into memory, and the boot vCPU to the kernel's entry."""
         payload = self.config.payload
-        entry = load(memory, payload.kernel or "", payload.cmdline or "", payload.initramfs)
-        boot, most = self.config.cpus.boot, self.config.cpus.max or self.config.cpus.boot
+        entry = load(memory, payload.kernel or "", payload.cmdline, payload.initramfs)
+        boot, most = self.config.cpus.boot, self.config.cpus.max
         apic_ids = [topology.apic_id(index) for index in range(most)]
         machine = Machine(apic_ids, boot, serial=self.console is not None)
         for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]):
@@ -149,8 +160,8 @@ class _Builder:
 
 
 def topology_of(cpus: "CpusConfig", kvm: "Kvm") -> Topology:
-    """The topology asked for, or one package with a core per vCPU. Raises ConfigError beyond what KVM can do."""
-    most = cpus.max or cpus.boot
+    """The topology asked for, or one package with a core per vCPU. Raises ConfigError beyond KVM's limits."""
+    most = cpus.max
     if most > kvm.max_vcpus:
         raise ConfigError("--cpus", most, f"at most {kvm.max_vcpus} vCPUs are possible on this host")
     wanted = cpus.topology

@@ -1,9 +1,10 @@
 """A vCPU's thread: from the first KVM_RUN until the VM stops."""
 
 import _thread
+import os
 
 from pileus import log
-from pileus.errors import PileusError
+from pileus.errors import ConfigError, PileusError
 from pileus.kvm._vcpu import (
     DEVICE_FAILED,
     EVENT_CRASH,
@@ -30,7 +31,7 @@ POWER_OFF, RESET, FAULT, CRASH, FAILURE = "power off", "reset", "triple fault", 
 
 
 class Event:
-    """``kind`` of the constants above; ``text`` says more in one clause; ``error`` is a bug of ours, if one."""
+    """``kind`` of the constants above; ``text`` says more in one clause; ``error`` is a bug of ours."""
 
     __slots__ = ("error", "kind", "text")
 
@@ -60,13 +61,20 @@ class VcpuThread:
     """Runs ``vcpu``; whatever ends it but ``stop`` goes to ``report``, on the vCPU's own thread."""
 
     def __init__(
-        self, index: int, vcpu: "Vcpu", ports: "Bus", mmio: "Bus", report: "Callable[[Event], None]"
+        self,
+        index: int,
+        vcpu: "Vcpu",
+        ports: "Bus",
+        mmio: "Bus",
+        report: "Callable[[Event], None]",
+        host_cpus: "list[int] | None" = None,
     ) -> None:
         self.index = index
         self.vcpu = vcpu
         self._ports = ports
         self._mmio = mmio
         self._report = report
+        self._host_cpus = host_cpus
         self._stopping = False
         self._alive = _thread.allocate_lock()  # held while the thread lives
 
@@ -88,6 +96,17 @@ class VcpuThread:
         with self._alive:
             pass
 
+    def _pin(self) -> None:
+        """Keep to the host CPUs asked for. Raises ConfigError where there is none of them."""
+        if self._host_cpus is not None:
+            try:
+                os.sched_setaffinity(0, self._host_cpus)
+            except OSError as error:
+                wanted = f"{self.index}@{self._host_cpus}"
+                raise ConfigError(
+                    "--cpus affinity", wanted, "this process may use no such host CPU"
+                ) from error
+
     def _run(self) -> bool:
         """Run the guest once; return whether it is to go on."""
         reason, detail = self.vcpu.run(self._ports, self._mmio)
@@ -100,6 +119,7 @@ class VcpuThread:
     def _main(self) -> None:
         try:
             name_thread(f"vcpu{self.index}")
+            self._pin()
             if self.index == 0:
                 log.debug("kernel entered")
             while not self._stopping and self._run():

@@ -1,9 +1,12 @@
-"""The control loop: file descriptors, and calls that wait for their time. One thread, level-triggered epoll."""
+"""The control loop: file descriptors, and calls that wait for their time. One thread, level-triggered."""
 
 import os
 import select
 import time
-from collections.abc import Callable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 READABLE = select.EPOLLIN
 WRITABLE = select.EPOLLOUT
@@ -14,7 +17,7 @@ class Timer:
 
     __slots__ = ("call", "due")
 
-    def __init__(self, due: float, call: Callable[[], None]) -> None:
+    def __init__(self, due: float, call: "Callable[[], None]") -> None:
         self.due = due
         self.call: Callable[[], None] | None = call
 
@@ -34,7 +37,7 @@ class Loop:
         self._running = False
         self.watch(self._post_fd, READABLE, self._call_posted)
 
-    def watch(self, fd: int, events: int, call: Callable[[int], None]) -> None:
+    def watch(self, fd: int, events: int, call: "Callable[[int], None]") -> None:
         """Call ``call(ready_events)`` whenever ``fd`` has one of ``events`` (or an error or a hang-up)."""
         self._epoll.register(fd, events)
         self._watched[fd] = call
@@ -48,14 +51,14 @@ class Loop:
         if self._watched.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
-    def after(self, seconds: float, call: Callable[[], None]) -> Timer:
+    def after(self, seconds: float, call: "Callable[[], None]") -> Timer:
         """Call ``call()`` once, ``seconds`` from now."""
         timer = Timer(time.monotonic() + seconds, call)
         self._timers.append(timer)
         self._timers.sort(key=lambda each: each.due)
         return timer
 
-    def post(self, call: Callable[[], None]) -> None:
+    def post(self, call: "Callable[[], None]") -> None:
         """Call ``call()`` soon, on the loop's thread. This one method may be called from any thread."""
         self._posted.append(call)
         os.eventfd_write(self._post_fd, 1)

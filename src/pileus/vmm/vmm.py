@@ -4,7 +4,9 @@ from pileus import log
 from pileus.cleanup import Cleanup
 from pileus.config.model import VmmConfig
 from pileus.console import Console, open_console
+from pileus.errors import ConfigError
 from pileus.kvm import Kvm
+from pileus.kvm.probe import check_host
 from pileus.vm import builder
 from pileus.vm.vcpu import CRASH, FAILURE, FAULT, POWER_OFF, RESET, Event
 from pileus.vmm._signals import SignalFd
@@ -47,12 +49,19 @@ class Vmm:
         if config.serial.mode != "off":
             self._console = self._cleanup.own(
                 open_console(
-                    config.serial.mode, config.serial.path or "", name="serial", warn=log.warning, quit=self._quit
+                    config.serial.mode,
+                    config.serial.path or "",
+                    name="serial",
+                    warn=log.warning,
+                    quit=self._quit,
                 )
             )
             self._console.start(self.loop)
+            if config.serial.mode == "tty":
+                log.newline = "\r\n"
+                self._cleanup.call(_plain_lines)
             if config.serial.mode == "pty":
-                log.warning(f"serial: the guest's serial port is {self._console.path}")
+                print(f"\tSerial: {self._console.path}", flush=True)
         self._build()
 
     def _build(self) -> None:
@@ -130,12 +139,20 @@ EVENTS = {
 }
 
 
+def _plain_lines() -> None:
+    log.newline = "\n"
+
+
 def run(config: VmmConfig) -> int:
     """Run the VM of ``config`` to its end; returns the exit status. Raises PileusError."""
+    check_host()
+    if config.vm is None:
+        raise ConfigError(
+            "--kernel", "is missing", "without the HTTP API, which is not built yet, a VM needs one"
+        )
     vmm = Vmm()
     try:
-        if config.vm is not None:
-            vmm.boot(config.vm)
+        vmm.boot(config.vm)
         vmm.loop.run()
     finally:
         vmm.close()

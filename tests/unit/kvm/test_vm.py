@@ -41,8 +41,12 @@ def test_slots_that_overlap_are_refused_by_name(machine: Machine) -> None:
         machine.vm.set_memory(1, 0, 0x1000, machine.region.hva)
 
 
-@pytest.mark.parametrize(("code", "rings"), [("b007 e640", True), ("b008 e640", False)], ids=["match", "other"])
-def test_a_doorbell_with_a_datamatch_rings_for_its_value_only(machine: Machine, code: str, rings: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "rings"), [("b007 e640", True), ("b008 e640", False)], ids=["match", "other"]
+)
+def test_a_doorbell_with_a_datamatch_rings_for_its_value_only(
+    machine: Machine, code: str, rings: bool
+) -> None:
     fd = eventfd()
     machine.vm.add_ioeventfd(fd, 0x40, 1, value=7, pio=True)
     ports, mmio, _ = buses(machine)

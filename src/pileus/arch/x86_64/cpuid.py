@@ -23,6 +23,8 @@ HTT = 1 << 28  # leaf 1, EDX: more than one logical CPU in a package
 CMP_LEGACY = 1 << 1  # leaf 0x80000001, ECX: the same, said by AMD
 
 KVM_SIGNATURE_LEAF = 0x40000000
+KVM_FEATURES_LEAF = 0x40000001
+MSI_EXT_DEST_ID = 1 << 15  # EAX: bits 11 to 5 of an MSI address extend the destination's APIC id to 15 bits
 KVM_TIMING_LEAF = 0x40000010  # TSC and APIC timer frequency in kHz: the leaf that hypervisors agreed on
 APIC_TIMER_KHZ = 1_000_000  # KVM's local APIC counts nanoseconds
 LEVEL_SMT, LEVEL_CORE, LEVEL_DIE = 1, 2, 5
@@ -41,6 +43,7 @@ class Template:
     """The guest's CPUID but for what differs from one vCPU to the next.
 
     ``max_phys_bits`` caps the physical address width; ``tsc_khz`` is the guest's TSC frequency in kHz.
+    ``long_apic_ids`` says that interrupts reach APIC ids above 254.
     """
 
     def __init__(
@@ -51,12 +54,13 @@ class Template:
         tsc_khz: int,
         tsc_deadline: bool,
         max_phys_bits: int | None = None,
+        long_apic_ids: bool = False,
     ) -> None:
         self.topology = topology
         self.vendor = vendor_of(supported)
         self.leaves: list[Leaf] = [list(entry) for entry in supported if entry[0] not in TOPOLOGY_LEAVES]
         self.tsc_khz = tsc_khz
-        self._set_features(tsc_deadline)
+        self._set_features(tsc_deadline, long_apic_ids)
         self._set_address_width(max_phys_bits)
         self._add_timing()
 
@@ -80,9 +84,11 @@ class Template:
     def _find(self, function: int) -> "Leaf | None":
         return next((leaf for leaf in self.leaves if leaf[0] == function), None)
 
-    def _set_features(self, tsc_deadline: bool) -> None:
+    def _set_features(self, tsc_deadline: bool, long_apic_ids: bool) -> None:
         if leaf := self._find(1):
             leaf[ECX] |= HYPERVISOR | (TSC_DEADLINE if tsc_deadline else 0)
+        if long_apic_ids and (leaf := self._find(KVM_FEATURES_LEAF)):
+            leaf[EAX] |= MSI_EXT_DEST_ID
 
     def _set_address_width(self, max_phys_bits: int | None) -> None:
         if max_phys_bits is not None and (leaf := self._find(0x80000008)):
@@ -102,7 +108,10 @@ class Template:
     def _topology_leaves(self, apic_id: int) -> "list[Leaf]":
         """Leaf 0xB, and 0x1F where there are dies to tell: one subleaf a level, then an empty one."""
         shape = self.topology
-        levels = [(LEVEL_SMT, shape.thread_bits, shape.threads), (LEVEL_CORE, shape.package_bits, shape.per_package)]
+        levels = [
+            (LEVEL_SMT, shape.thread_bits, shape.threads),
+            (LEVEL_CORE, shape.package_bits, shape.per_package),
+        ]
         leaves = _levels(0xB, levels, apic_id)
         base = self._find(0)
         if shape.dies > 1 and self.vendor == INTEL and base:

@@ -1,0 +1,121 @@
+"""Every rule across fields, with its sentence."""
+
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+
+from pileus.config.check import check, check_vm
+from pileus.config.declare import Struct
+from pileus.config.model import (
+    ApiSocketConfig,
+    ConsoleConfig,
+    CpusConfig,
+    MemoryConfig,
+    PayloadConfig,
+    SerialConfig,
+    VmConfig,
+    VmmConfig,
+)
+from pileus.errors import ConfigError
+
+from .strategies import of_struct
+
+MIB, GIB = 1 << 20, 1 << 30
+GOOD = [
+    VmConfig(),
+    VmConfig(cpus=CpusConfig(boot=2, max=8, topology=(2, 2, 1, 2))),
+    VmConfig(cpus=CpusConfig(boot=2, max=4, affinity={3: [0]})),
+    VmConfig(memory=MemoryConfig(size=2 * MIB)),
+    VmConfig(memory=MemoryConfig(size=GIB, hugepages=True)),
+    VmConfig(memory=MemoryConfig(size=2 * GIB, hugepages=True, hugepage_size=GIB)),
+    VmConfig(memory=MemoryConfig(file="/dev/shm", shared=True)),
+    VmConfig(payload=PayloadConfig(kernel="/k", cmdline="a", initramfs="/i")),
+    VmConfig(serial=SerialConfig(mode="tty")),
+    VmConfig(serial=SerialConfig(mode="file", file="/a"), console=ConsoleConfig(mode="socket", socket="/b")),
+]
+BAD = {
+    "--cpus boot=4,max=2: boot may be at most max": VmConfig(cpus=CpusConfig(boot=4, max=2)),
+    "--cpus max=4,topology=1:2:1:1: the topology's product (2) must equal max (4)": VmConfig(
+        cpus=CpusConfig(boot=2, max=4, topology=(1, 2, 1, 1))
+    ),
+    "--cpus max=2,affinity=[2@[0]]: there is no vCPU 2; they are 0 to 1": VmConfig(
+        cpus=CpusConfig(boot=2, affinity={2: [0]})
+    ),
+    "--memory size=0: size is at least 2M": VmConfig(memory=MemoryConfig(size=0)),
+    "--memory size=1M: size is at least 2M": VmConfig(memory=MemoryConfig(size=MIB)),
+    "--memory size=512M: size is at least 1G": VmConfig(
+        memory=MemoryConfig(hugepages=True, hugepage_size=GIB)
+    ),
+    "--memory size=4194305: size is a multiple of 4K": VmConfig(memory=MemoryConfig(size=4 * MIB + 1)),
+    "--memory size=3M,hugepages=on: size is a multiple of 2M": VmConfig(
+        memory=MemoryConfig(size=3 * MIB, hugepages=True)
+    ),
+    "--memory hugepage_size=2M: hugepage_size needs hugepages=on": VmConfig(
+        memory=MemoryConfig(hugepage_size=2 * MIB)
+    ),
+    "--memory hugepage_size=4M: hugepage_size is 2M or 1G": VmConfig(
+        memory=MemoryConfig(hugepages=True, hugepage_size=4 * MIB)
+    ),
+    "--memory hugepage_size=0: hugepage_size is 2M or 1G": VmConfig(
+        memory=MemoryConfig(hugepages=True, hugepage_size=0)
+    ),
+    "--memory file=/a,hugepages=on: only one is possible;"
+    " for huge pages in a file, name one on a hugetlbfs mount": VmConfig(
+        memory=MemoryConfig(file="/a", hugepages=True)
+    ),
+    "--memory mergeable=on,shared=on: the host merges only small pages that are not shared": VmConfig(
+        memory=MemoryConfig(mergeable=True, shared=True)
+    ),
+    "--memory mergeable=on,hugepages=on: the host merges only small pages that are not shared": VmConfig(
+        memory=MemoryConfig(mergeable=True, hugepages=True)
+    ),
+    "--cmdline quiet: --kernel is needed as well": VmConfig(payload=PayloadConfig(cmdline="quiet")),
+    "--initramfs /i: --kernel is needed as well": VmConfig(payload=PayloadConfig(initramfs="/i")),
+    "--console tty: --serial is tty too, and there is one terminal;"
+    " make one of them off, null, pty or a file": VmConfig(
+        serial=SerialConfig(mode="tty"), console=ConsoleConfig(mode="tty")
+    ),
+    "--console /a: --serial has this path too; each needs its own": VmConfig(
+        serial=SerialConfig(mode="file", file="/a"), console=ConsoleConfig(mode="socket", socket="/a")
+    ),
+    "--serial file: write file=PATH": VmConfig(serial=SerialConfig(mode="file")),
+    "--console socket: write socket=PATH": VmConfig(console=ConsoleConfig(mode="socket")),
+    "--serial tty,file=/a: only one of tty and file= is possible": VmConfig(
+        serial=SerialConfig(mode="tty", file="/a")
+    ),
+    "--serial file,socket=/b: only one of file and socket= is possible": VmConfig(
+        serial=SerialConfig(mode="file", file="/a", socket="/b")
+    ),
+}
+
+
+@pytest.mark.parametrize("vm", GOOD)
+def test_a_sound_configuration_passes(vm: VmConfig) -> None:
+    check(VmmConfig(vm=vm))
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_a_broken_rule_is_told_in_one_sentence(sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_vm(BAD[sentence])
+    assert str(caught.value) == sentence
+
+
+def test_the_api_has_one_socket() -> None:
+    with pytest.raises(ConfigError, match=r"^--api-socket path=/a,fd=3: one of path and fd is enough$"):
+        check(VmmConfig(api_socket=ApiSocketConfig(path="/a", fd=3)))
+    check(VmmConfig(api_socket=ApiSocketConfig(fd=0)))
+
+
+@given(of_struct(CpusConfig), of_struct(MemoryConfig), of_struct(SerialConfig), of_struct(ConsoleConfig))
+def test_any_configuration_passes_or_is_refused(
+    cpus: Struct, memory: Struct, serial: Struct, console: Struct
+) -> None:
+    with suppress(ConfigError):
+        check_vm(VmConfig(cpus=cpus, memory=memory, serial=serial, console=console))  # type: ignore[arg-type]
+
+
+def test_the_payload_is_checked_by_any_length_of_cmdline() -> None:
+    with pytest.raises(ConfigError, match=r"\(60000 characters\): --kernel is needed"):
+        check_vm(VmConfig(payload=PayloadConfig(cmdline="a" * 60000)))
