@@ -17,7 +17,7 @@ import tomllib
 from pathlib import Path
 
 from support import apt
-from support.host import PILEUS, PYTHON, ROOT, TOOLS, VENV, digest, has_full_kvm, only_one, run, say, stamp, stamped
+from support.host import PYTHON, ROOT, TOOLS, VENV, digest, has_full_kvm, only_one, run, say, stamp, stamped
 
 PACKAGES = {
     "build": ["python3-dev", "python3-venv", "build-essential"],
@@ -110,9 +110,10 @@ def _venv() -> None:
     copy in site-packages an import costs one more failed look-up in a directory listing that Python
     has cached already. Without pip and setuptools there is no other ``.pth`` file to run at start-up.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    entry = project["scripts"]["pileus"]
-    key = digest([str(ROOT).encode(), entry.encode(), " ".join(project.get("dependencies", [])).encode()])
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    commands = [ROOT / name for name in settings["tool"]["setuptools"]["script-files"]]
+    dependencies = settings["project"].get("dependencies", [])
+    key = digest([str(ROOT).encode(), *(path.read_bytes() for path in commands), " ".join(dependencies).encode()])
     if stamped("venv", key) and PYTHON.exists():
         return
     say("setup: creating .venv")
@@ -120,12 +121,12 @@ def _venv() -> None:
     stamp("venv-pip", "")
     (site,) = VENV.glob("lib/python3*/site-packages")
     (site / "pileus.pth").write_text(f"{ROOT / 'src'}\n")
-    module, _, function = entry.partition(":")
-    # What pip would write, less its "import re", which alone costs 5 ms.
-    PILEUS.write_text(f"#!{PYTHON}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n")
-    PILEUS.chmod(0o755)
-    if dependencies := project.get("dependencies", []):
-        _venv_requirements(dependencies)
+    for path in commands:
+        # As pip does with a script: its "#!python" becomes the environment's own interpreter.
+        command = VENV / "bin" / path.name
+        command.write_text(path.read_text().replace("#!python", f"#!{PYTHON}", 1))
+        command.chmod(0o755)
+    _venv_requirements(dependencies)
     stamp("venv", key)
 
 
