@@ -79,8 +79,20 @@ def _guest_rows(runs: int) -> list[Row]:
     report = results / "bench-boot.json"
     report.unlink(missing_ok=True)
     files = [GUEST / name for name in ("vmlinux", "vmlinuz", "initramfs.cpio")]
-    command = [str(ROOT / "scripts" / "bench"), "boot", "--part", "guest", "--runs", str(runs), "--json", str(report)]
-    if run_nested(command, write=[results], copy=[VENV, ROOT / "src", *files], timeout=1800) or not report.exists():
+    command = [
+        str(ROOT / "scripts" / "bench"),
+        "boot",
+        "--part",
+        "guest",
+        "--runs",
+        str(runs),
+        "--json",
+        str(report),
+    ]
+    if (
+        run_nested(command, write=[results], copy=[VENV, ROOT / "src", *files], timeout=1800)
+        or not report.exists()
+    ):
         raise ScriptError("the part of the benchmark that boots stock kernels failed")
     rows = [Row(**row) for row in json.loads(report.read_text())["rows"]]
     if not has_full_kvm():
@@ -136,7 +148,9 @@ def _kvmtool(program: str, kernel: Path) -> list[str]:
     return [*command, "--initrd", str(GUEST / "initramfs.cpio"), "--params", IDLE]
 
 
-def _interleaved(commands: Commands, measure: Callable[[list[str]], float], runs: int) -> dict[str, list[float]]:
+def _interleaved(
+    commands: Commands, measure: Callable[[list[str]], float], runs: int
+) -> dict[str, list[float]]:
     """Measure each command once per round, after one round that only warms the caches."""
     times: dict[str, list[float]] = {name: [] for name in commands}
     for number in range(runs + 1):
@@ -201,7 +215,9 @@ def _read_until(process: subprocess.Popen[bytes], marks: tuple[bytes, ...]) -> N
     seen = b""
     while not any(mark in seen for mark in marks):
         if not select.select([process.stdout], [], [], PATIENCE)[0]:
-            raise ScriptError(f"nothing more within {PATIENCE:g} s after:\n{seen[-2000:].decode(errors='replace')}")
+            raise ScriptError(
+                f"nothing more within {PATIENCE:g} s after:\n{seen[-2000:].decode(errors='replace')}"
+            )
         data = os.read(process.stdout.fileno(), 65536)
         if not data:
             raise ScriptError(f"it ended early after:\n{seen[-2000:].decode(errors='replace')}")

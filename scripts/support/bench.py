@@ -39,16 +39,22 @@ class Row:
     goal: str = ""  # where pileus stands against DESIGN section 4
 
 
-def compare(metric: str, unit: str, pileus: list[float], peer_name: str, peer: list[float], goal: float = 1) -> Row:
+def compare(
+    metric: str, unit: str, pileus: list[float], peer_name: str, peer: list[float], goal: float = 1
+) -> Row:
     """Return the row of a figure of which less is better; ``goal`` is the ratio to reach, 0 for none."""
     own, other = statistics.median(pileus), statistics.median(peer) if peer else None
     ratio = other / own if other is not None else None
-    verdict = "" if ratio is None or not goal else f"{'reached' if ratio >= goal else 'missed'} (ratio {goal:g})"
+    verdict = (
+        "" if ratio is None or not goal else f"{'reached' if ratio >= goal else 'missed'} (ratio {goal:g})"
+    )
     return Row(metric, unit, own, other, peer_name, ratio, len(pileus), verdict)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench", description="compare pileus with a peer in one run")
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description="compare pileus with a peer in one run"
+    )
     parser.add_argument("name", nargs="?", metavar="NAME", help="the benchmark to run")
     parser.add_argument("--list", action="store_true", help="name the benchmarks")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
@@ -96,7 +102,9 @@ def _print(rows: list[Row]) -> None:
     for row in rows:
         peer = f"{row.peer:.2f}" if row.peer is not None else "-"
         ratio = f"{row.ratio:.2f}" if row.ratio is not None else "-"
-        table.append((row.metric, f"{row.pileus:.2f}", peer, row.peer_name, row.unit, ratio, str(row.runs), row.goal))
+        table.append(
+            (row.metric, f"{row.pileus:.2f}", peer, row.peer_name, row.unit, ratio, str(row.runs), row.goal)
+        )
     widths = [max(len(line[column]) for line in table) for column in range(len(head))]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -26,8 +26,12 @@ PATIENCE = 180.0  # seconds for any one step, in an emulated machine on a busy h
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/demo", description="boot a stock Debian kernel and talk to it")
-    parser.add_argument("--here", action="store_true", help="boot it on this very machine, installing nothing")
+    parser = argparse.ArgumentParser(
+        prog="scripts/demo", description="boot a stock Debian kernel and talk to it"
+    )
+    parser.add_argument(
+        "--here", action="store_true", help="boot it on this very machine, installing nothing"
+    )
     if not parser.parse_args(arguments).here:
         return _prepare()
     return _boot()

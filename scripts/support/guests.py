@@ -34,8 +34,12 @@ HOST_SUITE, HOST_PACKAGE = "bookworm", "linux-image-amd64"
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/guests", description="fetch stock Debian kernels to boot")
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} or host (default: all four)")
-    parser.add_argument("--refresh", action="store_true", help="look for newer packages than those in .cache/guests")
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} or host (default: all four)"
+    )
+    parser.add_argument(
+        "--refresh", action="store_true", help="look for newer packages than those in .cache/guests"
+    )
     options = parser.parse_args(arguments)
     for suite in options.suites:
         if suite not in (*SUITES, "host"):

@@ -44,7 +44,9 @@ def add_busybox(archive: "Cpio") -> None:
         raise ScriptError("/bin/busybox is missing: run scripts/setup guest")
     archive.directory("bin")
     archive.file("bin/busybox", BUSYBOX.read_bytes(), 0o755)
-    known = set(subprocess.run([BUSYBOX, "--list"], check=True, capture_output=True, text=True).stdout.split())
+    known = set(
+        subprocess.run([BUSYBOX, "--list"], check=True, capture_output=True, text=True).stdout.split()
+    )
     for applet in sorted(known.intersection(APPLETS)):
         archive.link(f"bin/{applet}", "busybox")
 
@@ -115,7 +117,9 @@ class Cpio:
         self._add("TRAILER!!!", b"", 0)
         return b"".join(self._parts)
 
-    def _add(self, name: str, data: bytes, mode: int, device: tuple[int, int] = (0, 0), time: int = 0) -> None:
+    def _add(
+        self, name: str, data: bytes, mode: int, device: tuple[int, int] = (0, 0), time: int = 0
+    ) -> None:
         self._inode += 1
         links, size, encoded = 1, len(data), os.fsencode(name)
         fields = (self._inode, mode, 0, 0, links, time, size, 0, 0, *device, len(encoded) + 1, 0)

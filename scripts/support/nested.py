@@ -32,19 +32,31 @@ CMDLINE = (
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/nested", description="run a command where stock kernels run in KVM")
+    parser = argparse.ArgumentParser(
+        prog="scripts/nested", description="run a command where stock kernels run in KVM"
+    )
     parser.add_argument("--memory", default="6G", help="of the emulated machine (default 6G)")
     parser.add_argument("--cpus", type=int, default=2, help="of the emulated machine (default 2)")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="kill it then, with status 124")
-    parser.add_argument("--write", action="append", default=[], metavar="DIR", help="keep what the command writes there")
+    parser.add_argument(
+        "--write", action="append", default=[], metavar="DIR", help="keep what the command writes there"
+    )
     parser.add_argument("--copy", action="append", default=[], metavar="PATH",
                         help="hold this file or folder in memory there: for what is read a lot")  # fmt: skip
-    parser.add_argument("--module", action="append", default=[], metavar="NAME", help="load this kernel module first")
+    parser.add_argument(
+        "--module", action="append", default=[], metavar="NAME", help="load this kernel module first"
+    )
     parser.add_argument("--machine", default="q35", help="QEMU's machine type with its options (default q35)")
-    parser.add_argument("--qemu", action="append", default=[], metavar="'OPTION …'", help="more options for QEMU")
+    parser.add_argument(
+        "--qemu", action="append", default=[], metavar="'OPTION …'", help="more options for QEMU"
+    )
     parser.add_argument("--append", default="", metavar="TEXT", help="more kernel parameters")
-    parser.add_argument("--always", action="store_true", help="emulate even where the host could do it itself")
-    parser.add_argument("--verbose", action="store_true", help="show the kernel messages of the emulated machine")
+    parser.add_argument(
+        "--always", action="store_true", help="emulate even where the host could do it itself"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="show the kernel messages of the emulated machine"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command

@@ -42,7 +42,9 @@ VENV_REQUIREMENTS = {"test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/setup", description="install what is missing and build pileus")
+    parser = argparse.ArgumentParser(
+        prog="scripts/setup", description="install what is missing and build pileus"
+    )
     parser.add_argument("goals", nargs="*", metavar="GOAL", help=f"{', '.join(NEEDS)} (default: all)")
     chosen = parser.parse_args(arguments).goals or list(NEEDS)
     for goal in chosen:
@@ -113,7 +115,9 @@ def _venv() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     commands = [ROOT / name for name in settings["tool"]["setuptools"]["script-files"]]
     dependencies = settings["project"].get("dependencies", [])
-    key = digest([str(ROOT).encode(), *(path.read_bytes() for path in commands), " ".join(dependencies).encode()])
+    key = digest(
+        [str(ROOT).encode(), *(path.read_bytes() for path in commands), " ".join(dependencies).encode()]
+    )
     if stamped("venv", key) and PYTHON.exists():
         return
     say("setup: creating .venv")
@@ -133,7 +137,9 @@ def _venv() -> None:
 def _extensions() -> None:
     sources = [path for suffix in ("pyx", "pxd", "h") for path in sorted((ROOT / "src").rglob(f"*.{suffix}"))]
     inputs = [ROOT / "setup.py", ROOT / "pyproject.toml", *sources]
-    key = digest(part for path in inputs for part in (str(path.relative_to(ROOT)).encode(), path.read_bytes()))
+    key = digest(
+        part for path in inputs for part in (str(path.relative_to(ROOT)).encode(), path.read_bytes())
+    )
     modules = [path for path in sources if path.suffix == ".pyx"]
     built = all(any(path.parent.glob(f"{path.stem}.*.so")) for path in modules)
     if stamped("extensions", key) and built:
@@ -141,7 +147,9 @@ def _extensions() -> None:
     say(f"setup: compiling {len(modules)} extension modules")
     _forget_stale_modules({path.with_suffix("") for path in modules})
     jobs = str(os.cpu_count() or 1)
-    run([str(TOOLS / "bin" / "python"), "setup.py", "--quiet", "build_ext", "--inplace", "-j", jobs], cwd=ROOT)
+    run(
+        [str(TOOLS / "bin" / "python"), "setup.py", "--quiet", "build_ext", "--inplace", "-j", jobs], cwd=ROOT
+    )
     stamp("extensions", key)
 
 

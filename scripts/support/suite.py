@@ -56,7 +56,9 @@ class Outcome:
 
 def main(arguments: list[str]) -> int:
     own, rest = _split(arguments)
-    parser = argparse.ArgumentParser(prog="scripts/test", description="install what is missing, build, run every test")
+    parser = argparse.ArgumentParser(
+        prog="scripts/test", description="install what is missing, build, run every test"
+    )
     parser.add_argument("tiers", nargs="*", metavar="TIER", help=f"{', '.join(TIERS)} (default: all)")
     chosen = parser.parse_args(own).tiers or list(TIERS)
     for tier in chosen:
@@ -105,7 +107,9 @@ def _package(_: list[str]) -> Outcome:
     with tempfile.TemporaryDirectory() as scratch:
         source, venv = Path(scratch, "source"), Path(scratch, "venv")
         source.mkdir()
-        files = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT).split("\0")
+        files = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT).split(
+            "\0"
+        )
         for name in filter(None, files):
             if (ROOT / name).is_file():
                 target = source / name
@@ -124,13 +128,17 @@ def _package(_: list[str]) -> Outcome:
 
 
 def _unit(arguments: list[str]) -> Outcome:
-    return _pytest("unit", lambda command: subprocess.run(command, cwd=ROOT, check=False).returncode, arguments)
+    return _pytest(
+        "unit", lambda command: subprocess.run(command, cwd=ROOT, check=False).returncode, arguments
+    )
 
 
 def _peer(arguments: list[str]) -> Outcome:
     if not any((ROOT / "tests" / "peer").glob("test_*.py")):
         return Outcome()
-    return _pytest("peer", lambda command: subprocess.run(command, cwd=ROOT, check=False).returncode, arguments)
+    return _pytest(
+        "peer", lambda command: subprocess.run(command, cwd=ROOT, check=False).returncode, arguments
+    )
 
 
 def _guest(arguments: list[str]) -> Outcome:
@@ -155,7 +163,15 @@ def _pytest(tier: str, start: Callable[[list[str]], int], arguments: list[str]) 
     RESULTS.mkdir(parents=True, exist_ok=True)
     report = RESULTS / f"{tier}.xml"
     report.unlink(missing_ok=True)
-    command = [str(PYTHON), "-m", "pytest", f"tests/{tier}", f"--junit-xml={report}", "-p", "no:cacheprovider"]
+    command = [
+        str(PYTHON),
+        "-m",
+        "pytest",
+        f"tests/{tier}",
+        f"--junit-xml={report}",
+        "-p",
+        "no:cacheprovider",
+    ]
     sys.stdout.flush()
     status = start([*command, *arguments])
     try:
