@@ -59,7 +59,7 @@ def _entry_rows(runs: int) -> list[Row]:
         ):
             commands = _commands(kernel, initrd, IDLE)
             for command, more in zip(commands.values(), (PILEUS_TELLS_ENTRY, QEMU_TELLS_ENTRY), strict=True):
-                command += more
+                command.extend(more)
             times = _interleaved(commands, lambda command: _time_to(command, ENTRY_MARKS), runs)
             own, peer = _milliseconds(times["pileus"]), _milliseconds(times[QEMU])
             rows.append(compare(f"exec to first KVM_RUN, {name}", "ms", own, QEMU, peer))

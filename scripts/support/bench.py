@@ -40,7 +40,7 @@ class Row:
 
 
 def compare(
-    metric: str, unit: str, pileus: list[float], peer_name: str, peer: list[float], goal: float = 1
+    metric: str, unit: str, pileus: list[float], peer_name: str, peer: list[float], *, goal: float = 1
 ) -> Row:
     """Return the row of a figure of which less is better; ``goal`` is the ratio to reach, 0 for none."""
     own, other = statistics.median(pileus), statistics.median(peer) if peer else None
@@ -83,7 +83,8 @@ def main(arguments: list[str]) -> int:
 
 def _load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

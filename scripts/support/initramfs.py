@@ -17,10 +17,7 @@ from support.host import ScriptError, run
 BUSYBOX = Path("/bin/busybox")
 GUEST = Path(__file__).parent / "guest"
 MODULES = ["pvpanic", "pvpanic-mmio", "pvpanic-pci"]  # those a kernel has; 5.10 keeps all in pvpanic
-APPLETS = """[ awk basename cat chmod chroot chvt cp cttyhack cut date dd df dirname dmesg echo env expr false find free
-grep halt head hexdump hostname id ifconfig insmod ip kill less ln ls lsmod md5sum mkdir mknod modprobe more
-mount mv nproc od ping poweroff printf ps pwd readlink reboot rm rmmod sed seq setsid sh sha256sum sleep sort
-stat stty sync tail test time top touch tr true umount uname uptime vi wc which xargs yes""".split()
+APPLETS = GUEST / "applets"  # those of busybox that the guest has as commands
 
 
 def build(modules: Path, release: str) -> bytes:
@@ -47,7 +44,7 @@ def add_busybox(archive: "Cpio") -> None:
     known = set(
         subprocess.run([BUSYBOX, "--list"], check=True, capture_output=True, text=True).stdout.split()
     )
-    for applet in sorted(known.intersection(APPLETS)):
+    for applet in sorted(known.intersection(APPLETS.read_text().split())):
         archive.link(f"bin/{applet}", "busybox")
 
 
@@ -100,7 +97,7 @@ class Cpio:
         self._add(name, b"", 0o020600, device=(5, 1))
 
     def tree(self, path: Path, prefix: str) -> None:
-        """Add the file or folder ``path`` below ``prefix``, with times: Python's .pyc files depend on them."""
+        """Add the file or folder ``path`` below ``prefix``, with its times, on which .pyc files depend."""
         for parent in reversed(path.parents[:-1]):
             self._add(f"{prefix}{parent}", b"", 0o040755)
         found = [path, *sorted(path.rglob("*"))] if path.is_dir() and not path.is_symlink() else [path]

@@ -96,7 +96,7 @@ def run_nested(
     """Run ``command`` where a full KVM exists and return its exit status, 124 after ``timeout`` seconds."""
     if has_full_kvm() and not always:
         return _run_here(command, timeout)
-    from support.setup import setup  # noqa: PLC0415  (setup fetches what nested needs: they know each other)
+    from support.setup import setup
 
     setup("nested")
     if verbose:
@@ -110,7 +110,8 @@ def run_nested(
     archive.file("job", _job(command).encode(), 0o644)
     parameters = f"{CMDLINE} {append} pileus.modules={','.join(modules or [])}"
     arguments = [
-        "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none",
+        "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot",
+        "-display", "none", "-vga", "none",
         "-machine", machine, "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max",
         "-smp", str(cpus), "-m", memory,
         "-kernel", str(kernel), "-append", parameters,
@@ -142,8 +143,14 @@ def _boot_files() -> tuple[Path, bytes]:
     folder = CACHE / "nested"
     folder.mkdir(parents=True, exist_ok=True)
     elf, base, stamp = folder / "vmlinux", folder / "base.cpio", folder / "made-from"
-    code = (L1 / "init").read_bytes(), Path(initramfs.__file__).read_bytes(), Path(__file__).read_bytes()
-    key = digest([*code, str(image).encode(), apt.installed("busybox-static").encode()])
+    sources = (L1 / "init", initramfs.APPLETS, Path(initramfs.__file__), Path(__file__))
+    key = digest(
+        [
+            *(path.read_bytes() for path in sources),
+            str(image).encode(),
+            apt.installed("busybox-static").encode(),
+        ]
+    )
     if not stamp.exists() or stamp.read_text() != key:
         elf.write_bytes(kernel_image.vmlinux(image.read_bytes()))
         base.write_bytes(_base_archive(image))
@@ -214,6 +221,7 @@ class _Emulator:
         memory = os.memfd_create("initrd")
         with os.fdopen(os.dup(memory), "wb") as file:
             file.write(self._initrd)
+        self._initrd = b""  # some hundred MB
         arguments = [*self._arguments, "-initrd", f"/proc/self/fd/{memory}"]
         console = self._pipe(_Appender(self._console, sys.stderr.buffer if self._verbose else None))
         arguments += ["-serial", f"file:/proc/self/fd/{console}"]

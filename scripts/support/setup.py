@@ -67,11 +67,11 @@ def setup(*goals: str) -> None:
             _extensions()
         _venv_requirements([name for goal in wanted for name in VENV_REQUIREMENTS.get(goal, [])])
         if "guest" in wanted:
-            from support import guests  # noqa: PLC0415  (a builder needs no guests)
+            from support import guests
 
             guests.fetch()
         if "nested" in wanted and not has_full_kvm():
-            from support import guests  # noqa: PLC0415
+            from support import guests
 
             guests.fetch_host_kernel()
 

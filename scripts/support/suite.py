@@ -90,6 +90,15 @@ def _lint(_: list[str]) -> Outcome:
         [str(tools / "ruff"), "check", "--quiet", *sources],
         [str(tools / "ruff"), "format", "--check", "--quiet", *sources],
         [str(tools / "mypy"), "--python-executable", str(PYTHON)],
+        # The scripts are a program of their own, whose root is scripts/.
+        ["env", "MYPYPATH=scripts", str(tools / "mypy"), "--strict", "-p", "support"],
+        [
+            "env",
+            "MYPYPATH=scripts",
+            str(tools / "mypy"),
+            "--strict",
+            *map(str, sorted(ROOT.glob("bench/*.py"))),
+        ],
     ]
     results = [_passes(command) for command in checks]
     return Outcome(passed=results.count(True), failed=results.count(False))

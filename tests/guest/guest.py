@@ -1,7 +1,6 @@
 """A pileus process with a guest in it, as a test sees both: the console, the keyboard, the log, the end."""
 
 import contextlib
-import fcntl
 import os
 import re
 import select
@@ -24,13 +23,13 @@ TIMEOUT = 150.0
 LOCAL_MODES = 3  # index in what termios.tcgetattr returns
 
 
-class Timeout(AssertionError):
+class NotSeenError(AssertionError):
     """What was waited for did not come; says what came instead."""
 
 
 @dataclass
 class Kernel:
-    """A kernel of .cache/guests: ``Kernel("trixie")`` is its bzImage, ``Kernel("trixie", "vmlinux")`` the ELF."""
+    """A kernel of .cache/guests: by default the bzImage, with ``file="vmlinux"`` the ELF inside it."""
 
     suite: str
     file: str = "vmlinuz"
@@ -97,10 +96,10 @@ class Guest:
             master, slave = os.openpty()
             self._modes = termios.tcgetattr(slave)
             self._slave: int | None = slave
+            # setsid makes the terminal the controlling one and becomes pileus: the same process.
             self.process = subprocess.Popen(
-                self.command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            )  # fmt: skip
+                ["setsid", "--ctty", *self.command], stdin=slave, stdout=slave, stderr=slave
+            )
             self._input = master
             self.console.follow(master)
         else:
@@ -146,8 +145,8 @@ class Guest:
         """Wait until the log holds ``text``; return the log."""
         deadline = time.monotonic() + timeout
         while text not in self.log:
-            if time.monotonic() > deadline or self.process.poll() is not None and text not in self.log:
-                raise Timeout(f"no {text!r} in the log:\n{self.log}\nconsole:\n{self.output[-2000:]}")
+            if time.monotonic() > deadline or (self.process.poll() is not None and text not in self.log):
+                raise NotSeenError(f"no {text!r} in the log:\n{self.log}\nconsole:\n{self.output[-2000:]}")
             time.sleep(0.1)
         return self.log
 
@@ -175,7 +174,9 @@ class Guest:
         try:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise Timeout(f"pileus still runs; console:\n{self.output[-3000:]}\nlog:\n{self.log}") from None
+            raise NotSeenError(
+                f"pileus still runs; console:\n{self.output[-3000:]}\nlog:\n{self.log}"
+            ) from None
         self.console.drain()
         return status
 
@@ -237,7 +238,7 @@ class Reader:
                 left = deadline - time.monotonic()
                 if self._ended or left <= 0:
                     why = "output ended" if self._ended else f"not within {timeout:g} s"
-                    raise Timeout(f"{pattern!r}: {why}; what came:\n{self._text[-4000:]}")
+                    raise NotSeenError(f"{pattern!r}: {why}; what came:\n{self._text[-4000:]}")
                 self._news.wait(left)
 
     def drain(self) -> None:

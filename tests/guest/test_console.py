@@ -1,5 +1,6 @@
 """The serial port and its ends on the host."""
 
+import hashlib
 import os
 import re
 import socket
@@ -44,8 +45,6 @@ def test_a_long_paste_arrives_whole(start: StartGuest) -> None:
     guest.type(f"head -c {len(text)} | md5sum\n")
     guest.expect(r"\n?")
     guest.type(text)
-    import hashlib  # noqa: PLC0415
-
     guest.expect(hashlib.md5(text.encode()).hexdigest())
     guest.type("poweroff -f\n")
     assert guest.wait() == 0
