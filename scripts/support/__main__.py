@@ -6,8 +6,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from support.host import ScriptError  # noqa: E402  (the line above makes it importable)
-
 SCRIPTS = {
     "setup": "setup",
     "guests": "guests",
@@ -19,6 +17,8 @@ SCRIPTS = {
 
 
 def main() -> int:
+    from support.host import ScriptError
+
     name = sys.argv.pop(1)
     sys.argv[0] = f"scripts/{name}"
     try:

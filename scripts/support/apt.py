@@ -62,11 +62,15 @@ def install(packages: list[str]) -> None:
     if not lacking:
         return
     if not shutil.which("apt-get"):
-        raise ScriptError(f"these Debian packages, or your system's like of them, are needed: {' '.join(lacking)}")
+        raise ScriptError(
+            f"these Debian packages, or your system's like of them, are needed: {' '.join(lacking)}"
+        )
     if os.geteuid():
         raise ScriptError(f"run as root, or ask root to install: {' '.join(lacking)}")
     names = [wish.partition(">=")[0] for wish in lacking]
-    from_backports = [wish.partition(">=")[0] for wish in lacking if ">=" in wish and codename() == "bookworm"]
+    from_backports = [
+        wish.partition(">=")[0] for wish in lacking if ">=" in wish and codename() == "bookworm"
+    ]
     if from_backports:
         _add_backports()
     say(f"setup: installing {' '.join(names)}")

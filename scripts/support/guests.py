@@ -6,7 +6,7 @@ Each suite has a folder in .cache/guests:
 vmlinuz             the bzImage of linux-image-cloud-amd64
 config              its configuration
 release             what ``uname -r`` prints there
-modules/            its modules
+lib/modules/        its modules
 initramfs.cpio      busybox, the scripts of support/guest and a few of those modules
 vmlinux             trixie only: the ELF file inside the bzImage
 vmlinux-nopvh       trixie only: the same with its PVH note disabled
@@ -21,7 +21,7 @@ import re
 import shutil
 from pathlib import Path
 
-from support import apt, initramfs, kernel_image
+from support import apt, debug_port, initramfs, kernel_image
 from support.host import CACHE, ScriptError, digest, only_one, run, say
 
 GUESTS = CACHE / "guests"
@@ -34,8 +34,12 @@ HOST_SUITE, HOST_PACKAGE = "bookworm", "linux-image-amd64"
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/guests", description="fetch stock Debian kernels to boot")
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} or host (default: all four)")
-    parser.add_argument("--refresh", action="store_true", help="look for newer packages than those in .cache/guests")
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} or host (default: all four)"
+    )
+    parser.add_argument(
+        "--refresh", action="store_true", help="look for newer packages than those in .cache/guests"
+    )
     options = parser.parse_args(arguments)
     for suite in options.suites:
         if suite not in (*SUITES, "host"):
@@ -80,7 +84,9 @@ def _fetch_kernel(suite: str, folder: Path) -> None:
     kernel.rename(scratch / "vmlinuz")
     for config in (*scratch.glob("root/boot/config-*"), *scratch.glob("root/usr/lib/modules/*/config"))[:1]:
         config.rename(scratch / "config")
-    modules.rename(scratch / "modules")
+    (scratch / "lib/modules").mkdir(parents=True)
+    modules.rename(scratch / "lib/modules" / release)
+    run(["/sbin/depmod", "--basedir", str(scratch), release])
     shutil.rmtree(scratch / "root")
     (scratch / "package").write_text(identity)
     (scratch / "release").write_text(release)
@@ -102,7 +108,8 @@ def _resolve(suite: str, meta: str) -> tuple[apt.Archive, list[str], str]:
 
 def _derive(suite: str, folder: Path) -> None:
     """Make what is made of the packages, when they or the code that makes it have changed."""
-    code = [Path(initramfs.__file__), Path(kernel_image.__file__), *sorted(initramfs.GUEST.iterdir())]
+    makers = (initramfs, debug_port, kernel_image)
+    code = [*(Path(module.__file__ or "") for module in makers), *sorted(initramfs.GUEST.iterdir())]
     busybox = apt.installed("busybox-static").encode()
     package = (folder / "package").read_bytes()
     key = digest([*(path.read_bytes() for path in code), busybox, package])
@@ -111,7 +118,7 @@ def _derive(suite: str, folder: Path) -> None:
         return
     say(f"guests: making the initramfs of {suite}")
     release = (folder / "release").read_text()
-    (folder / "initramfs.cpio").write_bytes(initramfs.build(folder / "modules", release))
+    (folder / "initramfs.cpio").write_bytes(initramfs.build(folder / "lib/modules" / release, release))
     if suite == ELF_SUITE:
         elf = kernel_image.vmlinux((folder / "vmlinuz").read_bytes())
         (folder / "vmlinux").write_bytes(elf)

@@ -5,60 +5,77 @@ The same input gives the same bytes.
 """
 
 import lzma
-import struct
+import os
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
+from support import debug_port
 from support.host import ScriptError, run
 
 BUSYBOX = Path("/bin/busybox")
 GUEST = Path(__file__).parent / "guest"
 MODULES = ["pvpanic", "pvpanic-mmio", "pvpanic-pci"]  # those a kernel has; 5.10 keeps all in pvpanic
-APPLETS = """[ awk basename cat chmod chvt cp cttyhack cut date dd df dirname dmesg echo env expr false find free
-grep halt head hexdump hostname id ifconfig insmod ip kill less ln ls lsmod md5sum mkdir mknod modprobe more
-mount mv nproc od ping poweroff printf ps pwd readlink reboot rm rmmod sed seq setsid sh sha256sum sleep sort
-stat stty sync tail test time top touch tr true umount uname uptime vi wc which xargs yes""".split()
+APPLETS = GUEST / "applets"  # those of busybox that the guest has as commands
 
 
 def build(modules: Path, release: str) -> bytes:
     """Return the cpio archive for kernel ``release`` whose modules lie in ``modules``."""
-    if not BUSYBOX.exists():
-        raise ScriptError("/bin/busybox is missing: run scripts/setup guest")
     archive = Cpio()
-    for directory in ("bin", "dev", "etc", "proc", "sys", "tmp", "lib", "lib/modules"):
+    for directory in ("dev", "etc", "proc", "sys", "tmp"):
         archive.directory(directory)
     archive.console("dev/console")
-    archive.file("init", program := _debug_port(), 0o755)
+    add_busybox(archive)
+    archive.file("init", program := debug_port.program(), 0o755)
     archive.file("bin/debug-port", program, 0o755)
-    archive.file("bin/busybox", BUSYBOX.read_bytes(), 0o755)
-    known = set(subprocess.run([BUSYBOX, "--list"], check=True, capture_output=True, text=True).stdout.split())
-    for applet in sorted(known.intersection(APPLETS)):
-        archive.link(f"bin/{applet}", "busybox")
     archive.file("etc/rc", (GUEST / "rc").read_bytes(), 0o755)
     for script in ("report", "tell"):
         archive.file(f"bin/{script}", (GUEST / script).read_bytes(), 0o755)
-    _add_modules(archive, modules, release)
+    add_modules(archive, modules, release, MODULES)
     return archive.finish()
 
 
-def _add_modules(archive: "Cpio", modules: Path, release: str) -> None:
+def add_busybox(archive: "Cpio") -> None:
+    if not BUSYBOX.exists():
+        raise ScriptError("/bin/busybox is missing: run scripts/setup guest")
+    archive.directory("bin")
+    archive.file("bin/busybox", BUSYBOX.read_bytes(), 0o755)
+    known = set(
+        subprocess.run([BUSYBOX, "--list"], check=True, capture_output=True, text=True).stdout.split()
+    )
+    for applet in sorted(known.intersection(APPLETS.read_text().split())):
+        archive.link(f"bin/{applet}", "busybox")
+
+
+def add_modules(archive: "Cpio", modules: Path, release: str, names: list[str]) -> None:
+    """Add those of ``names`` that the kernel has as modules, and what they depend on."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch, "lib/modules", release)
         target.mkdir(parents=True)
-        for path in sorted(modules.rglob("*.ko*")):
+        for path in _closure(modules, names):
             name, _, packed = path.name.partition(".ko")
-            if name.replace("_", "-") in MODULES:
-                data = path.read_bytes()
-                (target / f"{name}.ko").write_bytes(lzma.decompress(data) if packed == ".xz" else data)
+            data = path.read_bytes()
+            (target / f"{name}.ko").write_bytes(lzma.decompress(data) if packed == ".xz" else data)
         run(["/sbin/depmod", "--basedir", scratch, release])
-        archive.directory(f"lib/modules/{release}")
+        for directory in ("lib", "lib/modules", f"lib/modules/{release}"):
+            archive.directory(directory)
         for name in [*sorted(path.name for path in target.glob("*.ko")), "modules.dep"]:
             archive.file(f"lib/modules/{release}/{name}", (target / name).read_bytes(), 0o644)
 
 
+def _closure(modules: Path, names: list[str]) -> list[Path]:
+    wanted = {name.replace("-", "_") for name in names}
+    found: set[Path] = set()
+    for line in (modules / "modules.dep").read_text().splitlines():
+        first, _, rest = line.partition(":")
+        if Path(first).name.partition(".ko")[0].replace("-", "_") in wanted:
+            found.update(modules / path for path in (first, *rest.split()))
+    return sorted(found)
+
+
 class Cpio:
-    """Writes the "newc" format: owner root, time 0, inodes counted up.
+    """Writes the "newc" format: owner root, inodes counted up, and time 0 except in a copied tree.
 
     Source: Linux, Documentation/driver-api/early-userspace/buffer-format.rst.
     """
@@ -79,48 +96,29 @@ class Cpio:
     def console(self, name: str) -> None:
         self._add(name, b"", 0o020600, device=(5, 1))
 
+    def tree(self, path: Path, prefix: str) -> None:
+        """Add the file or folder ``path`` below ``prefix``, with its times, on which .pyc files depend."""
+        for parent in reversed(path.parents[:-1]):
+            self._add(f"{prefix}{parent}", b"", 0o040755)
+        found = [path, *sorted(path.rglob("*"))] if path.is_dir() and not path.is_symlink() else [path]
+        for entry in found:
+            status = entry.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                self._add(f"{prefix}{entry}", os.readlink(entry).encode(), status.st_mode)
+            elif stat.S_ISDIR(status.st_mode):
+                self._add(f"{prefix}{entry}", b"", status.st_mode)
+            elif stat.S_ISREG(status.st_mode):
+                self._add(f"{prefix}{entry}", entry.read_bytes(), status.st_mode, time=int(status.st_mtime))
+
     def finish(self) -> bytes:
         self._add("TRAILER!!!", b"", 0)
         return b"".join(self._parts)
 
-    def _add(self, name: str, data: bytes, mode: int, device: tuple[int, int] = (0, 0)) -> None:
+    def _add(
+        self, name: str, data: bytes, mode: int, device: tuple[int, int] = (0, 0), time: int = 0
+    ) -> None:
         self._inode += 1
-        links, size = 1, len(data)
-        fields = (self._inode, mode, 0, 0, links, 0, size, 0, 0, *device, len(name) + 1, 0)
-        header = b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
+        links, size, encoded = 1, len(data), os.fsencode(name)
+        fields = (self._inode, mode, 0, 0, links, time, size, 0, 0, *device, len(encoded) + 1, 0)
+        header = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded + b"\0"
         self._parts += [header, bytes(-len(header) % 4), data, bytes(-len(data) % 4)]
-
-
-def _debug_port() -> bytes:
-    """Return the program that is /init, and that also serves as the command ``debug-port CODE``.
-
-    Debian's cloud kernels have no /dev/port, so no shell command can write to an I/O port. As process 1
-    it writes 0x60, "user space reached", and becomes the shell that runs /etc/rc.
-    """
-    base = 0x400000
-    headers = 64 + 56
-    code = bytes.fromhex(
-        "b8ac000000 bf03000000 0f05"  # iopl(3)
-        "85c0 7532"  # where it is forbidden, do without
-        "b827000000 0f05"  # getpid()
-        "83f801 7504 b060 eb1f"  # process 1: al = 0x60
-        "488b742410 4885f6 7418 31c0"  # rsi = argv[1]; none: leave
-        "0fb60e 84c9 740c"  # while (cl = *rsi) …
-        "6bc00a 8d4408d0 48ffc6 ebed"  # … eax = eax * 10 + cl - '0'
-        "90 e680"  # out 0x80, al
-        "b827000000 0f05 83f801 751a"  # only process 1 goes on
-        "488b0424 488d54c410"  # rdx = envp, behind argc arguments and a null
-    )
-    tail_size = 5 + 5 + 5 + 2 + 2 + 5 + 2
-    strings = base + headers + len(code) + tail_size
-    path, shell, script = strings, strings + 13, strings + 16
-    argv = (strings + 24 + 7) & ~7
-    code += b"\xbf" + struct.pack("<I", path) + b"\xbe" + struct.pack("<I", argv)
-    code += bytes.fromhex("b83b000000 0f05")  # execve("/bin/busybox", ["sh", "/etc/rc"], envp)
-    code += bytes.fromhex("31ff b83c000000 0f05")  # exit(0)
-    data = b"/bin/busybox\0sh\0/etc/rc\0".ljust(argv - strings, b"\0")
-    data += struct.pack("<3Q", shell, script, 0)
-    size = headers + len(code) + len(data)
-    elf = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, base + headers, 64, 0, 0, 64, 56, 1, 0, 0, 0)
-    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000)
-    return elf + segment + code + data

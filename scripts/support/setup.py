@@ -17,14 +17,13 @@ import tomllib
 from pathlib import Path
 
 from support import apt
-from support.host import PILEUS, PYTHON, ROOT, TOOLS, VENV, digest, has_full_kvm, only_one, run, say, stamp, stamped
+from support.host import PYTHON, ROOT, TOOLS, VENV, digest, has_full_kvm, only_one, run, say, stamp, stamped
 
 PACKAGES = {
     "build": ["python3-dev", "python3-venv", "build-essential"],
     "guest": ["busybox-static", "kmod", "xz-utils", "zstd"],
-    # udev: without it virtme-ng brings neither output nor exit status back. Version 10 of QEMU: with
-    # 7.2 as the outer emulator 3 nested guests of 20 crashed, with 10.0 none of 53.
-    "nested": ["qemu-system-x86>=10", "udev", "kmod", "busybox-static", "file", "iproute2", "e2fsprogs"],
+    # Version 10 of QEMU: with 7.2 as the outer emulator 3 nested guests of 20 crashed, with 10.0 none of 53.
+    "nested": ["qemu-system-x86>=10", "kmod", "busybox-static", "xz-utils", "zstd", "lz4"],
     "test": ["acpica-tools"],
     "bench": ["qemu-system-x86>=10"],
 }
@@ -37,14 +36,15 @@ NEEDS = {  # a goal and the goals it rests on
 }
 TOOL_REQUIREMENTS = {
     "build": ["cython>=3.1,<4", "setuptools>=68", "wheel"],
-    "nested": ["virtme-ng==1.42"],
     "test": ["ruff>=0.6", "mypy>=1.11"],
 }
-VENV_REQUIREMENTS = {"test": ["pytest>=8", "hypothesis>=6.100"]}
+VENV_REQUIREMENTS = {"test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]}
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/setup", description="install what is missing and build pileus")
+    parser = argparse.ArgumentParser(
+        prog="scripts/setup", description="install what is missing and build pileus"
+    )
     parser.add_argument("goals", nargs="*", metavar="GOAL", help=f"{', '.join(NEEDS)} (default: all)")
     chosen = parser.parse_args(arguments).goals or list(NEEDS)
     for goal in chosen:
@@ -67,11 +67,11 @@ def setup(*goals: str) -> None:
             _extensions()
         _venv_requirements([name for goal in wanted for name in VENV_REQUIREMENTS.get(goal, [])])
         if "guest" in wanted:
-            from support import guests  # noqa: PLC0415  (a builder needs no guests)
+            from support import guests
 
             guests.fetch()
         if "nested" in wanted and not has_full_kvm():
-            from support import guests  # noqa: PLC0415
+            from support import guests
 
             guests.fetch_host_kernel()
 
@@ -112,9 +112,12 @@ def _venv() -> None:
     copy in site-packages an import costs one more failed look-up in a directory listing that Python
     has cached already. Without pip and setuptools there is no other ``.pth`` file to run at start-up.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    entry = project["scripts"]["pileus"]
-    key = digest([str(ROOT).encode(), entry.encode(), " ".join(project.get("dependencies", [])).encode()])
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    commands = [ROOT / name for name in settings["tool"]["setuptools"]["script-files"]]
+    dependencies = settings["project"].get("dependencies", [])
+    key = digest(
+        [str(ROOT).encode(), *(path.read_bytes() for path in commands), " ".join(dependencies).encode()]
+    )
     if stamped("venv", key) and PYTHON.exists():
         return
     say("setup: creating .venv")
@@ -122,19 +125,21 @@ def _venv() -> None:
     stamp("venv-pip", "")
     (site,) = VENV.glob("lib/python3*/site-packages")
     (site / "pileus.pth").write_text(f"{ROOT / 'src'}\n")
-    module, _, function = entry.partition(":")
-    # What pip would write, less its "import re", which alone costs 5 ms.
-    PILEUS.write_text(f"#!{PYTHON}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n")
-    PILEUS.chmod(0o755)
-    if dependencies := project.get("dependencies", []):
-        _venv_requirements(dependencies)
+    for path in commands:
+        # As pip does with a script: its "#!python" becomes the environment's own interpreter.
+        command = VENV / "bin" / path.name
+        command.write_text(path.read_text().replace("#!python", f"#!{PYTHON}", 1))
+        command.chmod(0o755)
+    _venv_requirements(dependencies)
     stamp("venv", key)
 
 
 def _extensions() -> None:
     sources = [path for suffix in ("pyx", "pxd", "h") for path in sorted((ROOT / "src").rglob(f"*.{suffix}"))]
     inputs = [ROOT / "setup.py", ROOT / "pyproject.toml", *sources]
-    key = digest(part for path in inputs for part in (str(path.relative_to(ROOT)).encode(), path.read_bytes()))
+    key = digest(
+        part for path in inputs for part in (str(path.relative_to(ROOT)).encode(), path.read_bytes())
+    )
     modules = [path for path in sources if path.suffix == ".pyx"]
     built = all(any(path.parent.glob(f"{path.stem}.*.so")) for path in modules)
     if stamped("extensions", key) and built:
@@ -142,7 +147,9 @@ def _extensions() -> None:
     say(f"setup: compiling {len(modules)} extension modules")
     _forget_stale_modules({path.with_suffix("") for path in modules})
     jobs = str(os.cpu_count() or 1)
-    run([str(TOOLS / "bin" / "python"), "setup.py", "--quiet", "build_ext", "--inplace", "-j", jobs], cwd=ROOT)
+    run(
+        [str(TOOLS / "bin" / "python"), "setup.py", "--quiet", "build_ext", "--inplace", "-j", jobs], cwd=ROOT
+    )
     stamp("extensions", key)
 
 
