@@ -137,7 +137,7 @@ class VmConfig(Struct):
     serial: SerialConfig = field(Nested(SerialConfig), "serial port", factory=lambda _: SerialConfig())
     console: ConsoleConfig = field(
         Nested(ConsoleConfig),
-        "virtio console; off by itself where --serial is tty",
+        "virtio console, whose device is still to come; off by itself where --serial is tty",
         factory=lambda vm: ConsoleConfig(mode="off" if vm.serial.mode == "tty" else "tty"),
     )
     rng: RngConfig = field(Nested(RngConfig), "entropy device", factory=lambda _: RngConfig())
