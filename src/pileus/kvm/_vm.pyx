@@ -3,7 +3,7 @@
 import os
 
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
 from pileus.kvm cimport _uapi
@@ -71,7 +71,7 @@ cdef class Vm:
         except KvmError as error:
             raise _with_note(error, f"slot {slot}, {size:#x} bytes at {gpa:#x}") from None
 
-    def dirty_log(self, uint32_t slot, uint8_t[::1] bitmap not None):
+    def dirty_log(self, uint32_t slot, bytearray bitmap not None):
         """Fill ``bitmap``, a bit per page of the slot, with the pages written since the last call. §4.8.
 
         ``len(bitmap)`` is a multiple of 8 and covers the slot: KVM writes whole 64-bit words.
@@ -79,7 +79,7 @@ cdef class Vm:
         cdef _uapi.kvm_dirty_log request
         memset(&request, 0, sizeof(request))
         request.slot = slot
-        request.dirty_bitmap = &bitmap[0]
+        request.dirty_bitmap = <char *>bitmap
         call(self.fd, _uapi.KVM_GET_DIRTY_LOG, &request, "KVM_GET_DIRTY_LOG")
 
     def set_tss_address(self, uint64_t gpa):

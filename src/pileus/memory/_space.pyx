@@ -5,7 +5,7 @@ Every access by a guest-physical address is checked here, against the regions, b
 
 import os
 
-from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -225,16 +225,21 @@ cdef class GuestMemory:
             raise ValueError(f"{size:#x} bytes at {gpa:#x} are not guest memory")
         return (<char *>source)[:size]
 
-    def write(self, uint64_t gpa, const uint8_t[::1] data not None):
-        """Copy ``data`` to RAM. Raises ValueError as ``view`` does."""
-        cdef uint64_t length = data.shape[0]
-        cdef uint8_t *target = self.at(gpa, length)
-        if length == 0:
-            return
-        if target == NULL:
-            raise ValueError(f"{length:#x} bytes at {gpa:#x} are not guest memory")
-        memcpy(target, &data[0], length)
-        self.mark(gpa, length)
+    def write(self, uint64_t gpa, data):
+        """Copy the bytes-like ``data`` to RAM. Raises ValueError as ``view`` does."""
+        cdef Py_buffer buffer  # a typed memoryview would make every start import collections.abc
+        cdef uint8_t *target
+        PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE)
+        try:
+            if buffer.len == 0:
+                return
+            target = self.at(gpa, buffer.len)
+            if target == NULL:
+                raise ValueError(f"{buffer.len:#x} bytes at {gpa:#x} are not guest memory")
+            memcpy(target, buffer.buf, buffer.len)
+            self.mark(gpa, buffer.len)
+        finally:
+            PyBuffer_Release(&buffer)
 
     def load_file(self, uint64_t gpa, int fd, uint64_t offset, uint64_t length):
         """Read ``length`` bytes at ``offset`` of ``fd`` straight into RAM.
