@@ -15,6 +15,7 @@ from pileus.config.model import VmConfig, VmmConfig
 from pileus.errors import ConfigError, PileusError
 
 STDOUT, STDERR = 1, 2
+SIGINT = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     except PileusError as error:
         _say(STDERR, f"pileus: {log.one_line(str(error))}\n")
         return 1
+    except KeyboardInterrupt:  # before the VMM takes signals over
+        return 128 + SIGINT
 
 
 def configure(given: dict[str, list[str]]) -> VmmConfig:
