@@ -5,7 +5,7 @@ Source: Motorola MC146818A data sheet; the memory sizes as in Cloud Hypervisor 0
 
 import time
 
-from pileus.arch.x86_64.layout import GIB, KIB, MIB
+from pileus.config.units import GIB, KIB, MIB
 from pileus.bus import PythonDevice
 
 TYPE_CHECKING = False

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from pileus.bus import Bus
-from pileus.errors import HostError
 from pileus.kvm import Kvm, Vcpu, Vm
-from pileus.kvm.probe import check_host
 from pileus.memory import GuestMemory, Region
 
 RAM = 1 << 20
@@ -69,12 +67,3 @@ def machine(kvm: Kvm) -> Iterator[Machine]:
     machine = Machine(kvm)
     yield machine
     machine.close()
-
-
-@pytest.fixture
-def complete_kvm(kvm: Kvm) -> None:
-    """For what only a KVM on vmx or svm does; the guest tier runs these tests where there is one."""
-    try:
-        check_host()
-    except HostError as error:
-        pytest.skip(str(error))

@@ -1,0 +1,193 @@
+"""Whole VMs, from the command line to their end, with kernels of a few bytes on the real /dev/kvm."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.unit import tiny
+
+SOURCES = Path(__file__).parents[3] / "src"
+pytestmark = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm")
+TIMEOUT = 30
+
+
+class Command:
+    """The command ``pileus`` with a kernel of some bytes, its serial port in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.serial = folder / "serial"
+        self.env = os.environ | {"PILEUS_ANY_KVM": "1", "PYTHONPATH": str(SOURCES)}
+
+    def words(self, code: bytes, *more: str, pvh: bool = True, serial: str = "") -> list[str]:
+        kernel = self.folder / "kernel"
+        kernel.write_bytes(tiny.elf(code, pvh=pvh))
+        command = [sys.executable, "-m", "pileus.cli.main", "--kernel", str(kernel)]
+        return [*command, "--serial", serial or f"file={self.serial}", *more]
+
+    def run(self, code: bytes, *more: str, pvh: bool = True) -> subprocess.CompletedProcess[str]:
+        words = self.words(code, *more, pvh=pvh)
+        return subprocess.run(
+            words, env=self.env, capture_output=True, text=True, timeout=TIMEOUT, check=False, cwd=self.folder
+        )
+
+    def start(self, code: bytes, serial: str = "") -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self.words(code, serial=serial), env=self.env, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return Command(tmp_path)
+
+
+def wait_until(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not ready():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("pvh", [True, False], ids=["pvh", "64-bit entry"])
+def test_power_off_ends_with_status_0(command: Command, pvh: bool) -> None:
+    result = command.run(tiny.SAY_A + tiny.POWER_OFF, pvh=pvh)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert command.serial.read_bytes() == b"A"
+
+
+@pytest.mark.parametrize("reset", [tiny.ACPI_RESET, tiny.I8042_RESET], ids=["acpi", "i8042"])
+def test_a_reset_boots_again_in_the_same_process(command: Command, reset: bytes) -> None:
+    ram = command.folder / "ram"
+    ram.touch()
+    code = tiny.third_boot_powers_off(reset)
+    result = command.run(code, "--memory", f"size=16M,file={ram}", "-vv")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("the guest asked for a reset") == 2
+    assert ram.read_bytes()[tiny.COUNTER] == 3
+    assert command.serial.read_bytes() == b"A", "the file begins anew with each boot"
+
+
+@pytest.mark.usefixtures("complete_kvm")
+def test_a_triple_fault_is_told_and_resets(command: Command) -> None:
+    ram = command.folder / "ram"
+    ram.touch()
+    result = command.run(tiny.third_boot_powers_off(tiny.TRIPLE_FAULT), "--memory", f"size=16M,file={ram}")
+    assert result.returncode == 0
+    assert result.stderr.count("the guest ended in a triple fault, vCPU 0 at RIP 0x1000") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_with_128_and_its_number(command: Command, number: signal.Signals) -> None:
+    process = command.start(tiny.SAY_A + tiny.SPIN)
+    try:
+        wait_until(lambda: command.serial.exists() and command.serial.read_bytes() == b"A")
+        process.send_signal(number)
+        assert process.wait(TIMEOUT) == 128 + number
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_socket_is_gone_when_the_process_is(command: Command) -> None:
+    path = command.folder / "socket"
+    process = command.start(tiny.SPIN, serial=f"socket={path}")
+    try:
+        wait_until(path.exists)
+        process.terminate()
+        assert process.wait(TIMEOUT) == 128 + signal.SIGTERM
+        assert not path.exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_two_vms_at_once(tmp_path: Path) -> None:
+    commands = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        commands.append(Command(tmp_path / name))
+    processes = [each.start(tiny.SAY_A + tiny.POWER_OFF) for each in commands]
+    assert [process.wait(TIMEOUT) for process in processes] == [0, 0]
+    assert [each.serial.read_bytes() for each in commands] == [b"A", b"A"]
+
+
+WRONG = {
+    "no kernel": (["--memory", "size=1G"], "--kernel"),
+    "too many vCPUs": (["--kernel", "KERNEL", "--cpus", "4096,max=4096"], "--cpus 4096"),
+    "missing kernel": (["--kernel", "missing"], "--kernel missing: "),
+    "missing initramfs": (["--kernel", "KERNEL", "--initramfs", "missing"], "--initramfs missing: "),
+    "initramfs too big": (
+        ["--kernel", "KERNEL", "--memory", "size=16M", "--initramfs", "BIG"],
+        "--initramfs",
+    ),
+    "no such backing": (["--kernel", "KERNEL", "--memory", "file=/dev/null"], "--memory file /dev/null: "),
+    "serial nowhere": (["--kernel", "KERNEL", "--serial", "file=/no/where"], "/no/where: No such file"),
+    "log nowhere": (["--kernel", "KERNEL", "--log-file", "/no/where"], "--log-file /no/where: "),
+}
+
+
+@pytest.mark.parametrize(("words", "sentence"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_done_is_one_sentence_and_status_1(
+    command: Command, words: list[str], sentence: str
+) -> None:
+    kernel, big = command.folder / "tiny", command.folder / "big"
+    kernel.write_bytes(tiny.elf(tiny.POWER_OFF))
+    with big.open("wb") as file:
+        file.truncate(32 << 20)
+    named = {"KERNEL": str(kernel), "BIG": str(big)}
+    result = subprocess.run(
+        [sys.executable, "-m", "pileus.cli.main", *[named.get(word, word) for word in words]],
+        env=command.env,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+        cwd=command.folder,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("pileus: ")
+    assert result.stderr.count("\n") == 1
+    assert sentence in result.stderr
+    assert sorted(os.listdir(command.folder)) == ["big", "tiny"]
+
+
+LEAK_CHECK = """
+import os, sys
+from pileus.cli.args import scan
+from pileus.cli.main import configure
+from pileus.cli.options import OPTIONS
+from pileus.vmm.vmm import run
+
+config = configure(scan(sys.argv[1:], OPTIONS))
+def held():
+    with open("/proc/self/maps") as maps:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(list(maps))
+counts = []
+for round in range(30):
+    assert run(config) == 0
+    counts.append(held())
+print(counts[4], counts[-1])
+"""
+
+
+def test_thirty_vms_in_one_process_leave_nothing(command: Command) -> None:
+    words = command.words(tiny.SAY_A + tiny.POWER_OFF, "--cpus", "4")[3:]
+    result = subprocess.run(
+        [sys.executable, "-c", LEAK_CHECK, *words],
+        env=command.env,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    early, late = result.stdout.strip().split(") (")
+    early_fds, early_threads, early_maps = (int(each) for each in early.strip("()").split(", "))
+    late_fds, late_threads, late_maps = (int(each) for each in late.strip("()").split(", "))
+    assert (early_fds, early_threads) == (late_fds, late_threads)
+    assert late_maps <= early_maps + 4  # the allocator may still grow
