@@ -5,8 +5,8 @@ Source: Motorola MC146818A data sheet; the memory sizes as in Cloud Hypervisor 0
 
 import time
 
-from pileus.config.units import GIB, KIB, MIB
 from pileus.bus import PythonDevice
+from pileus.config.units import GIB, KIB, MIB
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

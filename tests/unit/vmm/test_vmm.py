@@ -122,7 +122,7 @@ WRONG = {
     "missing kernel": (["--kernel", "missing"], "--kernel missing: "),
     "missing initramfs": (["--kernel", "KERNEL", "--initramfs", "missing"], "--initramfs missing: "),
     "initramfs too big": (
-        ["--kernel", "KERNEL", "--memory", "size=16M", "--initramfs", "BIG"],
+        ["--kernel", "KERNEL", "--memory", "16M", "--initramfs", "BIG"],
         "--initramfs",
     ),
     "no such backing": (["--kernel", "KERNEL", "--memory", "file=/dev/null"], "--memory file /dev/null: "),
