@@ -63,6 +63,8 @@ class Template:
         self._set_features(tsc_deadline, long_apic_ids)
         self._set_address_width(max_phys_bits)
         self._add_timing()
+        if self._tells_dies and (base := self._find(0)):
+            base[EAX] = max(base[EAX], 0x1F)
 
     @property
     def phys_bits(self) -> int:
@@ -80,6 +82,11 @@ class Template:
                 edit(leaf, self.topology, apic_id)
         leaves += self._topology_leaves(apic_id)
         return [(leaf[0], leaf[1], leaf[2], leaf[3], leaf[4], leaf[5], leaf[6]) for leaf in leaves]
+
+    @property
+    def _tells_dies(self) -> bool:
+        """Leaf 0x1F is Intel's, and only of use where there are dies."""
+        return self.vendor == INTEL and self.topology.dies > 1
 
     def _find(self, function: int) -> "Leaf | None":
         return next((leaf for leaf in self.leaves if leaf[0] == function), None)
@@ -113,9 +120,7 @@ class Template:
             (LEVEL_CORE, shape.package_bits, shape.per_package),
         ]
         leaves = _levels(0xB, levels, apic_id)
-        base = self._find(0)
-        if shape.dies > 1 and self.vendor == INTEL and base:
-            base[EAX] = max(base[EAX], 0x1F)
+        if self._tells_dies:
             levels[1:] = [
                 (LEVEL_CORE, shape.core_bits, shape.threads * shape.cores),
                 (LEVEL_DIE, shape.package_bits, shape.per_package),

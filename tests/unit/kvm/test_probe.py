@@ -1,0 +1,54 @@
+"""A host that cannot run stock kernels is told so, before anything is made."""
+
+from pathlib import Path
+
+import pytest
+
+from pileus.errors import HostError
+from pileus.kvm.probe import OVERRIDE, check_host
+
+VT = "processor\t: 0\nflags\t\t: fpu vme {} sse2\n"
+
+
+class Host:
+    """Files as a host might have them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.device, self.cpuinfo, self.modules = folder / "kvm", folder / "cpuinfo", folder / "module"
+        self.device.touch()
+        self.cpuinfo.write_text(VT.format("sse"))
+        (self.modules / "kvm").mkdir(parents=True)
+
+    def check(self) -> None:
+        check_host(str(self.device), str(self.cpuinfo), str(self.modules))
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.delenv(OVERRIDE, raising=False)
+    return Host(tmp_path)
+
+
+def test_a_host_with_its_own_kvm_passes(host: Host) -> None:
+    host.check()
+
+
+def test_a_missing_device_names_the_way_out(host: Host) -> None:
+    host.device.unlink()
+    with pytest.raises(HostError, match=r"no KVM .*scripts/nested"):
+        host.check()
+
+
+@pytest.mark.parametrize("flag", ["vmx", "svm"])
+def test_pvm_beside_real_virtualization_passes(host: Host, flag: str) -> None:
+    (host.modules / "kvm_pvm").mkdir()
+    host.cpuinfo.write_text(VT.format(flag))
+    host.check()
+
+
+def test_pvm_alone_is_refused_unless_overridden(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    (host.modules / "kvm_pvm").mkdir()
+    with pytest.raises(HostError, match=r"kvm_pvm without vmx or svm .*scripts/nested"):
+        host.check()
+    monkeypatch.setenv(OVERRIDE, "1")
+    host.check()

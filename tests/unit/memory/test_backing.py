@@ -1,0 +1,104 @@
+"""What guest memory is made of."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pileus.config.model import MemoryConfig
+from pileus.errors import ConfigError, HostError
+from pileus.memory import backing
+
+MIB = 1 << 20
+RANGES = [(0, 2 * MIB), (1 << 32, 4 * MIB)]
+
+
+def config(**fields: Any) -> MemoryConfig:
+    return MemoryConfig(size=6 * MIB, **fields)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_open() -> Iterator[None]:
+    before = sorted(os.listdir("/proc/self/fd"))
+    yield
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def mappings() -> str:
+    return Path("/proc/self/maps").read_text()
+
+
+def test_memory_is_private_where_nobody_shares() -> None:
+    with backing.allocate(config(), RANGES) as memory:
+        assert memory.ranges == RANGES
+        assert [region.fd for _, region in memory.regions] == [-1, -1]
+
+
+def test_shared_memory_is_a_memfd_per_region() -> None:
+    with backing.allocate(config(shared=True), RANGES) as memory:
+        for _, region in memory.regions:
+            assert os.readlink(f"/proc/self/fd/{region.fd}").startswith("/memfd:pileus-ram")
+            assert os.fstat(region.fd).st_size == region.size
+        memory.write(1 << 32, b"seen by all")
+        assert os.pread(memory.regions[1][1].fd, 11, 0) == b"seen by all"
+
+
+def test_a_file_holds_low_and_high_memory_one_behind_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "ram"
+    path.touch()
+    with backing.allocate(config(file=str(path)), RANGES) as memory:
+        memory.write(0, b"low")
+        memory.write(1 << 32, b"high")
+    data = path.read_bytes()
+    assert len(data) == 6 * MIB
+    assert (data[:3], data[2 * MIB : 2 * MIB + 4]) == (b"low", b"high")
+
+
+def test_a_longer_file_is_not_cut(tmp_path: Path) -> None:
+    path = tmp_path / "ram"
+    with path.open("wb") as file:
+        file.truncate(10 * MIB)
+    backing.allocate(config(file=str(path)), RANGES).close()
+    assert path.stat().st_size == 10 * MIB
+
+
+def test_a_folder_holds_memory_without_a_name(tmp_path: Path) -> None:
+    with backing.allocate(config(file=str(tmp_path)), RANGES):
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/no/such/file"])
+def test_what_cannot_hold_memory_is_named(path: str) -> None:
+    with pytest.raises(ConfigError, match=f"--memory file {path}: .*an existing directory .* is needed"):
+        backing.allocate(config(file=path), RANGES)
+
+
+def test_too_few_huge_pages_are_counted() -> None:
+    free = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+    if not free.exists():
+        pytest.skip("this kernel has no huge pages of 2 MiB")
+    size = (int(free.read_text()) + 8) * 2 * MIB
+    before = mappings().count("pileus-ram")
+    with pytest.raises(ConfigError, match=r"the host has \d+ free huge pages of 2048 KiB; see"):
+        backing.allocate(MemoryConfig(size=size, hugepages=True), [(0, size)])
+    assert mappings().count("pileus-ram") == before
+
+
+def test_a_second_region_that_fails_gives_the_first_one_back() -> None:
+    before = mappings().count("pileus-ram")
+    with pytest.raises(HostError, match="cannot "):
+        backing.allocate(config(shared=True), [(0, 2 * MIB), (1 << 32, 1 << 60)])
+    assert mappings().count("pileus-ram") == before
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_prefaulted_memory_is_present_from_the_start() -> None:
+    before = resident()
+    with backing.allocate(MemoryConfig(size=64 * MIB, prefault=True), [(0, 64 * MIB)]):
+        assert resident() - before > 60 * MIB
