@@ -28,7 +28,8 @@ RANGES = st.lists(st.tuples(st.integers(0, 120), st.integers(1, 12)), max_size=1
 def test_the_device_around_the_whole_access_answers(
     ranges: list[tuple[int, int]], address: int, size: int
 ) -> None:
-    bus, placed = Bus("test"), []
+    bus = Bus("test")
+    placed: list[tuple[int, int, int]] = []
     for number, (base, length) in enumerate(ranges):
         if any(base < other + its and other < base + length for other, its, _ in placed):
             with pytest.raises(ValueError, match="overlaps"):
