@@ -61,6 +61,7 @@ class Vmm:
                 log.newline = "\r\n"
                 self._cleanup.call(_plain_lines)
             if config.serial.mode == "pty":
+                log.info(f"serial: the guest's serial port is {self._console.path}")
                 print(f"\tSerial: {self._console.path}", flush=True)
         self._build()
 
