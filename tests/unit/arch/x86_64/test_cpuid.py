@@ -1,6 +1,8 @@
 """What a guest reads from CPUID, made from small sets of what KVM might support."""
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from pileus.arch.x86_64.cpuid import AMD, INTEL, OTHER, Template, vendor_of
 from pileus.arch.x86_64.topology import Topology
@@ -119,11 +121,21 @@ def test_intel_keeps_the_bits_that_only_amd_has() -> None:
     assert leaf(template(INTEL_SET, 1, 4, 1, 1).for_vcpu(0), 0x80000008)[2] == 0x7777
 
 
-@pytest.mark.parametrize("khz", [1, 999_999, 2_000_000, TSC_KHZ, 4_294_967])
-def test_leaf_15_gives_the_tsc_frequency_exactly(khz: int) -> None:
+@pytest.mark.parametrize("khz", [1_000_000, 1_996_800, 2_000_000, 2_500_000, 3_831_000, 4_294_000])
+def test_leaf_15_gives_a_round_tsc_frequency_exactly(khz: int) -> None:
     denominator, numerator, crystal, _ = leaf(template(INTEL_SET, tsc_khz=khz).for_vcpu(0), 0x15)
     assert crystal * numerator == khz * 1000 * denominator
     assert crystal == 1_000_000_000, "the clock of KVM's APIC timer"
+
+
+@given(khz=st.integers(800_000, 6_000_000))
+@example(khz=TSC_KHZ)
+@example(khz=2_000_291)
+def test_leaf_15_survives_the_arithmetic_of_linux(khz: int) -> None:
+    """native_calibrate_tsc: unsigned int crystal_khz * ebx_numerator / eax_denominator."""
+    denominator, numerator, crystal, _ = leaf(template(INTEL_SET, tsc_khz=khz).for_vcpu(0), 0x15)
+    calibrated = ((crystal // 1000 * numerator) & 0xFFFFFFFF) // denominator
+    assert abs(calibrated - khz) <= khz * 500e-6, "what NTP can still correct"
 
 
 def test_the_timing_leaf_is_within_the_hypervisors_range() -> None:
