@@ -1,7 +1,7 @@
 """Fixtures of the guest tests: a factory of guests, and a look at what each test left behind."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from tests.guest.guest import ASSETS, TRIXIE_PVH, Guest, Kernel
 
 WATCHED = ("/run", "/dev/shm", "/dev/hugepages", "/tmp")  # where a socket or a file could be forgotten
 StartGuest = Callable[..., Guest]
+PASSED = pytest.StashKey[bool]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,8 +29,17 @@ def _why_not() -> str:
     return ""
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let fixtures see whether the test itself passed: what a failed one left is no news."""
+    report = yield
+    if report.when == "call":
+        item.stash[PASSED] = report.passed
+    return report
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[StartGuest]:
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StartGuest]:
     """A function that starts a guest; after the test none runs, and nothing else is left either."""
     before = _files()
     guests: list[Guest] = []
@@ -58,6 +68,8 @@ def start(tmp_path: Path) -> Iterator[StartGuest]:
     running = [guest for guest in guests if guest.process.poll() is None]
     for guest in guests:
         guest.close()
+    if not request.node.stash.get(PASSED, False):
+        return
     assert not running, "the test ended before pileus did"
     assert not [guest.children() for guest in guests if guest.children()]
     left = {path for path in _files() - before if any(str(guest.process.pid) in path for guest in guests)}

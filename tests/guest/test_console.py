@@ -52,9 +52,8 @@ def test_a_long_paste_arrives_whole(start: StartGuest) -> None:
 
 def test_a_program_on_the_pty_talks_to_the_guest(start: StartGuest) -> None:
     guest: Guest = start(do="shell", serial="pty")
-    path = re.search(r"/dev/pts/\d+", guest.expect_log("/dev/pts/"))
-    assert path
-    line = os.open(path[0], os.O_RDWR | os.O_NOCTTY)
+    path = guest.expect(r"Serial: /dev/pts/\d+").partition("Serial: ")[2]
+    line = os.open(path, os.O_RDWR | os.O_NOCTTY)
     tty.setraw(line, termios.TCSANOW)
     _talk(os.dup(line), lambda text: os.write(line, text.encode()))
     os.close(line)

@@ -15,6 +15,7 @@ from tests.guest.guest import TRIXIE, TRIXIE_PVH, Facts, Guest, Kernel
 # The original asks for 488000 of 524288 kB from Clear Linux and Ubuntu kernels; Debian's image, its
 # page tables and its reserved ranges take about 50 MB.
 SMALL_MEMTOTAL_KB = 460_000
+HUGE_TIMEOUT = 500.0  # the guest's kernel writes 2 GiB of page structures first
 ENTROPY = 256  # "full" since Linux 5.18; before, up to 4096
 
 
@@ -52,7 +53,9 @@ def test_large_memory(start: StartGuest) -> None:
 
 
 def test_huge_memory(start: StartGuest) -> None:
-    _, facts = report(start, memory="size=128G")
+    guest: Guest = start(memory="size=128G")
+    facts = guest.facts(HUGE_TIMEOUT)
+    assert guest.wait() == 0
     assert facts.number("memtotal_kb") > 128_000_000
 
 

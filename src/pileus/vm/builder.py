@@ -3,7 +3,7 @@
 import os
 
 from pileus import log
-from pileus.arch.x86_64 import layout, mptable, msr, regs
+from pileus.arch.x86_64 import layout, mptable, msr, regs, reset_vector
 from pileus.arch.x86_64.acpi import tables
 from pileus.arch.x86_64.acpi.machine import Machine
 from pileus.arch.x86_64.cpuid import Template
@@ -157,7 +157,7 @@ class _Builder:
         boot, most = self.config.cpus.boot, self.config.cpus.max
         apic_ids = [topology.apic_id(index) for index in range(most)]
         machine = Machine(apic_ids, boot, serial=self.console is not None)
-        for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]):
+        for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]) + reset_vector.build():
             memory.write(gpa, table)
         regs.write_boot_tables(memory, entry.protocol == PVH)
         regs.enter(vcpu, entry)

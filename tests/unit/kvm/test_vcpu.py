@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from pileus.arch.x86_64 import layout, reset_vector
 from pileus.bus import Bus, PythonDevice
 from pileus.errors import KvmError
 from pileus.kvm import Kvm
@@ -181,3 +182,17 @@ def test_a_part_of_the_wrong_size_is_refused(machine: Machine) -> None:
 def test_an_msr_that_kvm_refuses_is_named(machine: Machine) -> None:
     with pytest.raises(KvmError, match="MSR 0xdeadbeef"):
         machine.vcpu.set_msrs({0x10: 0, 0xDEADBEEF: 1})
+
+
+def test_the_reset_vector_writes_the_reset_register(machine: Machine) -> None:
+    ((gpa, code),) = reset_vector.build()
+    machine.memory.write(gpa, code)
+    sregs = machine.vcpu.sregs
+    sregs["cs"] |= {"base": 0xF0000, "selector": 0xF000}
+    machine.vcpu.sregs = sregs
+    machine.vcpu.regs = {"rip": gpa - 0xF0000, "rflags": 2}
+    ports, power = Bus("ports"), Recorder()
+    ports.insert(layout.PORT_POWER, 4, power)
+    threading.Timer(0.1, machine.vcpu.kick).start()
+    assert machine.run(ports, Bus("mmio")) == (KICKED, None)
+    assert power.written == [(0, 1, 1)]

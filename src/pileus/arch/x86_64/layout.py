@@ -25,6 +25,7 @@ BIOS_AREA = 0xF0000  # reserved in the e820 map; guests search it for tables, ev
 BIOS_AREA_SIZE = 0x10000
 MP_TABLE = 0xF0000  # floating pointer, then the table: the first thing a search finds
 MP_TABLE_SIZE = 0x2000
+RESET_VECTOR = 0xFFFF0  # f000:fff0 in real mode, 16 bytes
 HIGH_RAM = 0x100000  # kernels start here or above
 IDENTITY_MAPPED = GIB  # what the boot page tables map: a kernel entered in 64-bit mode lies below
 
