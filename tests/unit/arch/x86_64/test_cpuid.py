@@ -85,6 +85,38 @@ def test_leaf_b_tells_threads_and_packages(supported: list[Entry]) -> None:
     assert leaf(entries, 0xB, 2) == (0, 0, 2, 9)
 
 
+COUNTS = st.integers(1, 5)
+
+
+@given(threads=COUNTS, cores=COUNTS, dies=COUNTS, packages=st.integers(1, 3))
+def test_a_guest_finds_the_topology_again(threads: int, cores: int, dies: int, packages: int) -> None:
+    """As Linux does: shift APIC ids by the widths told, and count what stays apart."""
+    per_package = threads * cores * dies
+    for supported in (INTEL_SET, AMD_SET):
+        made = template(supported, threads, cores, dies, packages)
+        vcpus = [made.for_vcpu(index) for index in range(per_package * packages)]
+        ids = [leaf(vcpu, 0xB)[3] for vcpu in vcpus]
+        core_shift, package_shift = leaf(vcpus[0], 0xB, 0)[0], leaf(vcpus[0], 0xB, 1)[0]
+        assert len(set(ids)) == len(ids)
+        assert len({each >> core_shift for each in ids}) == cores * dies * packages
+        assert len({each >> package_shift for each in ids}) == packages
+        assert (leaf(vcpus[0], 0xB, 0)[1], leaf(vcpus[0], 0xB, 1)[1]) == (threads, per_package)
+        for vcpu, apic_id in zip(vcpus, ids, strict=True):
+            assert leaf(vcpu, 1)[1] >> 24 == apic_id & 0xFF
+            assert {entry[6] for entry in vcpu if entry[0] in (0xB, 0x1F)} == {apic_id}
+        if supported is INTEL_SET and dies > 1:
+            die_shift = leaf(vcpus[0], 0x1F, 1)[0]
+            assert len({each >> die_shift for each in ids}) == dies * packages
+            assert leaf(vcpus[0], 0x1F, 2)[0] == package_shift
+        if supported is AMD_SET:
+            assert leaf(vcpus[0], 0x80000008)[2] & 0xFF == per_package - 1
+            assert leaf(vcpus[0], 0x80000008)[2] >> 12 & 0xF == package_shift
+            own = [leaf(vcpu, 0x8000001E) for vcpu in vcpus]
+            assert [each[0] for each in own] == ids
+            assert len({(each[1] & 0xFF, each[2] & 0xFF) for each in own}) == cores * dies * packages
+            assert {each[1] >> 8 & 0xFF for each in own} == {threads - 1}
+
+
 def test_dies_show_in_leaf_1f_on_intel() -> None:
     entries = template(INTEL_SET, 1, 2, 2, 1).for_vcpu(3)
     assert leaf(entries, 0)[0] == 0x1F
