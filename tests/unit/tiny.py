@@ -3,6 +3,9 @@
 import gc
 import os
 import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +59,21 @@ def config(folder: Path, code: bytes, *, cpus: int = 1, pvh: bool = True, file: 
     )
 
 
+def thread_names() -> list[str]:
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it ended meanwhile
+            names.append((task / "comm").read_text().strip())
+    return names
+
+
+def wait_until(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not ready():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
 class Held(NamedTuple):
     """What this process has of the host."""
 
@@ -65,6 +83,8 @@ class Held(NamedTuple):
 
 
 def held() -> Held:
+    """While no VM runs: threads that were joined, ours and KVM's, may still be on their way out."""
     gc.collect()
+    wait_until(lambda: not any(name.startswith(("vcpu", "kvm-")) for name in thread_names()))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     return Held(len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), pages >> 8)

@@ -82,6 +82,16 @@ def test_thirty_reboots_leave_nothing(tmp_path: Path, reset: bytes) -> None:
     assert (tmp_path / "serial").read_bytes() == b"A", "the file begins anew with each boot"
 
 
+def test_thirty_vms_one_after_the_other_leave_nothing(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, tiny.SAY_A + tiny.POWER_OFF, cpus=4)
+    held = set()
+    for count in range(30):
+        assert live(config) == 0
+        if count >= 5:
+            held.add(tiny.held())
+    assert len(held) == 1
+
+
 def test_a_triple_fault_is_told_and_resets(tmp_path: Path, told: Callable[[], str]) -> None:
     """By a reported event: only a KVM on vmx or svm has real ones, which the guest tier meets."""
     vms: list[object] = []

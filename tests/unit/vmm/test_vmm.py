@@ -4,8 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,13 +44,6 @@ def command(tmp_path: Path) -> Command:
     return Command(tmp_path)
 
 
-def wait_until(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not ready():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("pvh", [True, False], ids=["pvh", "64-bit entry"])
 def test_power_off_ends_with_status_0(command: Command, pvh: bool) -> None:
     result = command.run(tiny.SAY_A + tiny.POWER_OFF, pvh=pvh)
@@ -85,7 +76,7 @@ def test_a_triple_fault_is_told_and_resets(command: Command) -> None:
 def test_a_signal_ends_with_128_and_its_number(command: Command, number: signal.Signals) -> None:
     process = command.start(tiny.SAY_A + tiny.SPIN)
     try:
-        wait_until(lambda: command.serial.exists() and command.serial.read_bytes() == b"A")
+        tiny.wait_until(lambda: command.serial.exists() and command.serial.read_bytes() == b"A")
         process.send_signal(number)
         assert process.wait(TIMEOUT) == 128 + number
     finally:
@@ -97,7 +88,7 @@ def test_a_socket_is_gone_when_the_process_is(command: Command) -> None:
     path = command.folder / "socket"
     process = command.start(tiny.SPIN, serial=f"socket={path}")
     try:
-        wait_until(path.exists)
+        tiny.wait_until(path.exists)
         process.terminate()
         assert process.wait(TIMEOUT) == 128 + signal.SIGTERM
         assert not path.exists()
@@ -154,40 +145,3 @@ def test_what_cannot_be_done_is_one_sentence_and_status_1(
     assert result.stderr.count("\n") == 1
     assert sentence in result.stderr
     assert sorted(os.listdir(command.folder)) == ["big", "tiny"]
-
-
-LEAK_CHECK = """
-import os, sys
-from pileus.cli.args import scan
-from pileus.cli.main import configure
-from pileus.cli.options import OPTIONS
-from pileus.vmm.vmm import run
-
-config = configure(scan(sys.argv[1:], OPTIONS))
-def held():
-    with open("/proc/self/maps") as maps:
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(list(maps))
-counts = []
-for round in range(30):
-    assert run(config) == 0
-    counts.append(held())
-print(counts[4], counts[-1])
-"""
-
-
-def test_thirty_vms_in_one_process_leave_nothing(command: Command) -> None:
-    words = command.words(tiny.SAY_A + tiny.POWER_OFF, "--cpus", "4")[3:]
-    result = subprocess.run(
-        [sys.executable, "-c", LEAK_CHECK, *words],
-        env=command.env,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    early, late = result.stdout.strip().split(") (")
-    early_fds, early_threads, early_maps = (int(each) for each in early.strip("()").split(", "))
-    late_fds, late_threads, late_maps = (int(each) for each in late.strip("()").split(", "))
-    assert (early_fds, early_threads) == (late_fds, late_threads)
-    assert late_maps <= early_maps + 4  # the allocator may still grow
