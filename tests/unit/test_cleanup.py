@@ -24,6 +24,22 @@ def test_the_last_comes_first_and_only_once() -> None:
     assert told == ["second", "first"]
 
 
+def test_what_is_given_while_undoing_is_undone_too() -> None:
+    told: list[str] = []
+    cleanup = Cleanup()
+    cleanup.call(lambda: cleanup.call(lambda: told.append("late")))
+    cleanup.close()
+    assert told == ["late"]
+
+
+def test_the_first_of_several_failures_is_the_one_told() -> None:
+    cleanup = Cleanup()
+    cleanup.call([].pop)
+    cleanup.call(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cleanup.close()
+
+
 def test_a_failure_spares_nobody_and_is_told() -> None:
     told: list[str] = []
     cleanup = Cleanup()

@@ -65,5 +65,11 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         assert any(target == each or target.startswith(f"{each}.") for each in allowed), name
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_are_absolute(path: Path) -> None:
+    """A relative one would pass by the arrows."""
+    assert not re.search(r"^\s*from\s+\.", path.read_text(), re.M)
+
+
 def test_every_room_has_its_arrows() -> None:
     assert {room(path) for path in MODULES} - {"__init__"} <= set(ARROWS)

@@ -1,6 +1,12 @@
 """Kernels of a few bytes: enough to see a whole VM run on any /dev/kvm, also one that interprets kernels."""
 
+import gc
+import os
 import struct
+from pathlib import Path
+from typing import NamedTuple
+
+from pileus.config.model import CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig
 
 BASE = 0x100000  # where the code goes, and its entry point
 COUNTER = 0x200000  # a byte of RAM that the boot-counting code uses
@@ -13,8 +19,10 @@ ACPI_RESET = bytes.fromhex("66bac003 b001 ee f4")
 I8042_RESET = bytes.fromhex("b0fe e664 f4")
 TRIPLE_FAULT = bytes.fromhex("cc")  # the boot IDT has no handler for it, nor for what follows from that
 SPIN = bytes.fromhex("ebfe")
-# inc byte [COUNTER]; cmp byte [COUNTER], 3; je +N: the third boot skips the N bytes that follow
-COUNT_TO_3 = bytes.fromhex("fe0500002000 803d0000200003 74")
+PANIC = bytes.fromhex("66ba0505 b001 ee")  # out 0x505, 1
+READ_I8042 = bytes.fromhex("e464")
+ENTER_A_HOLE = bytes.fromhex("b8000000d0 ffe0")  # jmp 0xd0000000, where neither RAM nor a device is
+COUNT = bytes.fromhex("fe0500002000")  # inc byte [COUNTER]
 
 
 def elf(code: bytes, *, pvh: bool = True) -> bytes:
@@ -28,6 +36,35 @@ def elf(code: bytes, *, pvh: bool = True) -> bytes:
     return ((header + segments).ljust(0x800, b"\0") + note).ljust(0x1000, b"\0") + code
 
 
-def third_boot_powers_off(otherwise: bytes) -> bytes:
-    """Say A; do ``otherwise`` on the first two boots of one RAM, then power off."""
-    return SAY_A + COUNT_TO_3 + bytes([len(otherwise)]) + otherwise + POWER_OFF
+def power_off_on_boot(number: int, otherwise: bytes) -> bytes:
+    """Say A; do ``otherwise`` on all boots of one RAM before the given one, then power off."""
+    compare = bytes.fromhex("803d00002000")  # cmp byte [COUNTER], number; je past ``otherwise``
+    return SAY_A + COUNT + compare + bytes([number, 0x74, len(otherwise)]) + otherwise + POWER_OFF
+
+
+def config(folder: Path, code: bytes, *, cpus: int = 1, pvh: bool = True, file: bool = False) -> VmConfig:
+    """A VM of 16 MiB that runs ``code``, its serial port in ``folder``; its RAM, too, where ``file``."""
+    kernel, ram = folder / "kernel", folder / "ram"
+    kernel.write_bytes(elf(code, pvh=pvh))
+    if file:
+        ram.touch()
+    return VmConfig(
+        cpus=CpusConfig(boot=cpus),
+        memory=MemoryConfig(size=16 << 20, file=str(ram) if file else None),
+        payload=PayloadConfig(kernel=str(kernel)),
+        serial=SerialConfig(mode="file", file=str(folder / "serial")),
+    )
+
+
+class Held(NamedTuple):
+    """What this process has of the host."""
+
+    files: int
+    threads: int
+    pages: int  # of address space, in units of a MiB: allocators move in smaller steps
+
+
+def held() -> Held:
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return Held(len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), pages >> 8)

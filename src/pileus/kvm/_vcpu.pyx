@@ -263,6 +263,8 @@ cdef class Vcpu:
 
         immediate_exit closes the gap between a look at a flag and KVM_RUN: a signal alone can fall into it.
         """
+        if self.page == NULL:
+            return  # closed
         self.page.immediate_exit = 1
         if self.bound:
             pthread_kill(self.thread, SIGRTMIN)

@@ -1,7 +1,7 @@
 """Can this host run stock kernels? Asked before anything is made: nobody waits for a guest that never comes.
 
 A KVM backed by kvm_pvm, on a machine without vmx or svm, interprets kernel-mode guest code at about a
-millionth of the machine's speed and stops at instructions it does not know.
+thousandth of the machine's speed and stops at instructions it does not know.
 """
 
 import os

@@ -10,6 +10,7 @@ from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
+from posix.unistd cimport close
 
 from pileus.errors import HostError
 
@@ -55,8 +56,8 @@ cdef class Region:
     """``size`` bytes of ``fd`` from ``offset``, mapped shared; of memory that is this process's alone where
     ``fd`` is -1. Readable as a writable buffer.
 
-    Owns ``fd`` and closes it. ``reserve`` makes the host set the pages aside at once, which is how huge pages
-    fail here rather than by SIGBUS in the guest. Raises HostError.
+    Owns ``fd`` and closes it, unless making the region raises HostError. ``reserve`` makes the host set the
+    pages aside at once, which is how huge pages fail here rather than by SIGBUS in the guest.
     """
 
     def __cinit__(self, int fd, uint64_t size, uint64_t offset=0, bint reserve=False, uint64_t page_size=4096):
@@ -69,8 +70,11 @@ cdef class Region:
         self.base = <uint8_t *>base
 
     def __dealloc__(self):
-        if self.base != NULL:
-            munmap(self.base, self.size)
+        if self.base == NULL:
+            return  # closed, or never mapped and so not the owner of ``fd``
+        munmap(self.base, self.size)
+        if self.fd >= 0:
+            close(self.fd)
 
     @property
     def hva(self):
@@ -142,10 +146,12 @@ cdef class GuestMemory:
         self.close()
 
     def close(self):
+        """Close the regions. Raises BufferError while views are alive; what is left can be closed again."""
         self.stop_tracking()
         self.count = 0
         while self.regions:
-            self.regions.pop()[1].close()
+            self.regions[-1][1].close()
+            self.regions.pop()
 
     @property
     def ranges(self):
@@ -169,7 +175,7 @@ cdef class GuestMemory:
         cdef uint64_t page, last
         for index in range(self.count):
             span = &self.spans[index]
-            if gpa - span.gpa < span.size and span.dirty != NULL:
+            if gpa - span.gpa < span.size and span.dirty != NULL and length > 0:
                 page = (gpa - span.gpa) >> PAGE_SHIFT
                 last = (gpa - span.gpa + length - 1) >> PAGE_SHIFT
                 while page <= last:
@@ -278,4 +284,4 @@ cdef extern from *:
 
 cdef size_t _words(uint64_t size) noexcept nogil:
     """64-bit words of a bitmap with a bit per page of ``size`` bytes."""
-    return ((size >> PAGE_SHIFT) + 63) // 64
+    return (((size - 1) >> PAGE_SHIFT) + 64) // 64

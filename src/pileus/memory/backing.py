@@ -10,6 +10,7 @@ them aside at once, because a guest that touches one that is missing dies by SIG
 import os
 import stat
 
+from pileus.config.units import format_size
 from pileus.errors import ConfigError, HostError
 from pileus.memory._space import GuestMemory, Region, page_size_of
 
@@ -32,73 +33,79 @@ def allocate(config: "MemoryConfig", ranges: list[tuple[int, int]]) -> GuestMemo
             offset += size
         for _, region in regions:
             _advise(config, region)
+        return GuestMemory(regions)
     except BaseException:
         for _, region in regions:
             region.close()
         raise
-    return GuestMemory(regions)
 
 
 def _region(config: "MemoryConfig", size: int, offset: int) -> Region:
     """``offset`` is where the region begins in RAM counted without holes, and so in a regular file."""
     if not (config.file or config.shared or config.hugepages):
         return Region(-1, size)
-    fd, offset = _open(config.file, size, offset) if config.file else (_memfd(config, size), 0)
-    page_size = page_size_of(fd)
-    huge = page_size > PAGE_SIZE
+    fd, offset = _open(config.file, offset) if config.file else (_memfd(config), 0)
     try:
-        if size % page_size:
-            raise ConfigError(
-                "--memory size", size, f"a multiple of the page size of {page_size} bytes is needed"
-            )
-        return Region(fd, size, offset, reserve=huge, page_size=page_size)
-    except HostError as error:
-        os.close(fd)
-        if huge:
-            raise ConfigError("--memory size", f"{size // MIB}M", _too_few_huge_pages(page_size)) from error
-        raise
+        return _map(config, fd, size, offset)
     except BaseException:
         os.close(fd)
         raise
 
 
-def _memfd(config: "MemoryConfig", size: int) -> int:
+def _map(config: "MemoryConfig", fd: int, size: int, offset: int) -> Region:
+    """``size`` bytes of ``fd`` from ``offset``, which it is grown to hold."""
+    page_size = page_size_of(fd)
+    wanted = format_size(config.size)
+    if size % page_size:
+        raise ConfigError(
+            "--memory size", wanted, f"a multiple of {format_size(page_size)}, a page, is needed"
+        )
+    _grow(fd, offset + size, config.file or "a memfd for guest memory")
+    huge = page_size > PAGE_SIZE
+    try:
+        return Region(fd, size, offset, reserve=huge, page_size=page_size)
+    except HostError as error:
+        if huge:
+            raise ConfigError("--memory size", wanted, _too_few_huge_pages(page_size)) from error
+        raise
+
+
+def _grow(fd: int, size: int, what: str) -> None:
+    """Make ``fd`` hold at least ``size`` bytes."""
+    try:
+        if os.fstat(fd).st_size < size:
+            os.ftruncate(fd, size)
+    except OSError as error:
+        raise HostError(f"grow to {size // MIB} MiB", what, error) from error
+
+
+def _memfd(config: "MemoryConfig") -> int:
     flags = os.MFD_CLOEXEC
     if config.hugepages:
         flags |= os.MFD_HUGETLB
         if config.hugepage_size:
             flags |= (config.hugepage_size.bit_length() - 1) << MFD_HUGE_SHIFT
     try:
-        fd = os.memfd_create("pileus-ram", flags)
+        return os.memfd_create("pileus-ram", flags)
     except OSError as error:
         if config.hugepage_size:
             raise ConfigError(
-                "--memory hugepage_size", config.hugepage_size, "this host has no huge pages of that size"
+                "--memory hugepage_size",
+                format_size(config.hugepage_size),
+                "this host has no huge pages of that size",
             ) from error
         raise HostError("make", "a memfd for guest memory", error) from error
-    return _sized(fd, size, "a memfd for guest memory")
 
 
-def _sized(fd: int, size: int, what: str) -> int:
-    """``fd``, grown to at least ``size`` bytes."""
-    try:
-        if os.fstat(fd).st_size < size:
-            os.ftruncate(fd, size)
-    except OSError as error:
-        os.close(fd)
-        raise HostError(f"grow to {size // MIB} MiB", what, error) from error
-    return fd
-
-
-def _open(path: str, size: int, offset: int) -> tuple[int, int]:
+def _open(path: str, offset: int) -> tuple[int, int]:
     """(fd, offset in it) of RAM kept in ``path``: in a file without a name where that is a directory."""
     allowed = "an existing directory (such as /dev/shm or a hugetlbfs mount) or a regular file is needed"
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            return _sized(os.open(path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), size, path), 0
+            return os.open(path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), 0
         if stat.S_ISREG(mode):
-            return _sized(os.open(path, os.O_RDWR | os.O_CLOEXEC), offset + size, path), offset
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC), offset
     except OSError as error:
         raise ConfigError("--memory file", path, f"{os.strerror(error.errno or 0)}; {allowed}") from error
     raise ConfigError("--memory file", path, allowed)

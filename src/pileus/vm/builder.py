@@ -14,7 +14,7 @@ from pileus.cleanup import Cleanup
 from pileus.devices.debug_port import DebugPort
 from pileus.devices.i8042 import I8042
 from pileus.devices.power import Power
-from pileus.devices.pvpanic import CRASH_LOADED, PANICKED, PvPanic
+from pileus.devices.pvpanic import CRASH_LOADED, PANICKED, SHUTDOWN, PvPanic
 from pileus.devices.rtc import Rtc
 from pileus.devices.serial import Serial
 from pileus.errors import ConfigError
@@ -112,9 +112,11 @@ class _Builder:
             self._add_serial(self.console)
 
     def _panicked(self, bits: int) -> None:
-        """The guest says that it panicked, and whether a kernel of its own will look into that."""
+        """The guest panicked, and perhaps a kernel of its own will look into that; or it shuts down."""
         if bits & (PANICKED | CRASH_LOADED):
             self.report(Event(CRASH, "to pvpanic" + (" and dumps itself" if bits & CRASH_LOADED else "")))
+        elif bits & SHUTDOWN:
+            self.report(Event(POWER_OFF, "by pvpanic"))
 
     def _add_serial(self, console: "Console") -> None:
         call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -22,10 +22,13 @@ class Vm:
 
     def start(self) -> None:
         """Let the vCPUs run, each on a thread of its own."""
-        _thread.stack_size(STACK_SIZE)
-        for thread in self.threads:
-            thread.start()
-            self._started.append(thread)
+        before = _thread.stack_size(STACK_SIZE)  # of all threads to come, also those of who embeds us
+        try:
+            for thread in self.threads:
+                thread.start()
+                self._started.append(thread)
+        finally:
+            _thread.stack_size(before)
 
     def stop(self) -> None:
         """Take the vCPUs out of the guest and end their threads."""

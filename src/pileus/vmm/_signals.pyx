@@ -50,8 +50,9 @@ cdef class SignalFd:
             taken.append(int.from_bytes(data[:4], "little"))
 
     def close(self):
-        """Close the fd and let the signals through again."""
+        """Close the fd and let the signals through again; those that came meanwhile have had their effect."""
         if self.fd >= 0:
+            self.take()
             os.close(self.fd)
             self.fd = -1
             pthread_sigmask(SIG_SETMASK, &self.before, NULL)

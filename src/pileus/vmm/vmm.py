@@ -69,9 +69,18 @@ class Vmm:
         assert self._kvm is not None
         assert self._config is not None
         vm: Vm | None = None
+        untold: set[str] = (
+            set()
+        )  # kinds of events on their way: a guest may repeat itself faster than we listen
 
         def report(event: Event) -> None:
-            self.loop.post(lambda: self._happened(vm, event))
+            if event.kind not in untold:
+                untold.add(event.kind)
+                self.loop.post(lambda: tell(event))
+
+        def tell(event: Event) -> None:
+            untold.discard(event.kind)
+            self._happened(vm, event)
 
         vm = builder.build(self._config, self._kvm, self._console, report)
         self._vm = vm
@@ -98,11 +107,11 @@ class Vmm:
         self._reboot()
 
     def _faulted(self, event: Event) -> None:
-        log.error(f"the guest ended in a triple fault, {event.text}; it is reset")
+        log.limited(log.ERROR, f"the guest ended in a triple fault, {event.text}; it is reset")
         self._reboot()
 
     def _crashed(self, event: Event) -> None:
-        log.error(f"the guest reported a panic, {event.text}")
+        log.limited(log.ERROR, f"the guest reported a panic, {event.text}")
 
     def _failed(self, event: Event) -> None:
         log.error(event.text)

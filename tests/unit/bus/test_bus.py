@@ -1,5 +1,7 @@
 """Which device answers an address."""
 
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +73,85 @@ def test_the_last_address_can_be_a_devices() -> None:
     assert bus.load((1 << 64) - 1, 1) == 0
     with pytest.raises(ValueError, match="no range"):
         bus.insert((1 << 64) - 1, 2, Named(4))
+
+
+class Leaving(PythonDevice):
+    """Leaves its bus in the middle of an access."""
+
+    def __init__(self, bus: Bus, *, broken: bool) -> None:
+        self.bus = bus
+        self.broken = broken
+
+    def read(self, offset: int, size: int) -> int:
+        self.bus.remove(0)
+        if self.broken:
+            raise ZeroDivisionError
+        return 0x55
+
+
+def test_a_device_may_leave_while_it_answers() -> None:
+    bus = Bus("test")
+    bus.insert(0, 4, Leaving(bus, broken=False))
+    assert bus.load(0, 1) == 0x55
+    assert bus.load(0, 1) == 0xFF
+
+
+def test_the_error_of_a_device_that_left_is_told() -> None:
+    bus = Bus("test")
+    bus.insert(0, 4, Leaving(bus, broken=True))
+    with pytest.raises(ZeroDivisionError):
+        bus.load(0, 1)
+
+
+def test_devices_come_and_go_while_others_look_them_up() -> None:
+    """What stays always answers; what comes and goes answers as itself or not at all."""
+    bus, stop = Bus("test"), threading.Event()
+    bus.insert(0x100, 2, Named(0x77))
+    wrong: list[int] = []
+
+    def look() -> None:
+        while not stop.is_set():
+            if (stays := bus.load(0x100, 2)) != 0x7700:
+                wrong.append(stays)
+            if (goes := bus.load(0, 2)) not in (0x100, 0xFFFF):
+                wrong.append(goes)
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(2000):
+        bus.insert(0, 16, Named(1))
+        bus.remove(0)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("size", [0, 9])
+def test_an_access_of_no_possible_size_is_refused(size: int) -> None:
+    bus = Bus("test")
+    with pytest.raises(ValueError, match=f"1 to 8 bytes, not {size}"):
+        bus.load(0, size)
+    with pytest.raises(ValueError, match=f"1 to 8 bytes, not {size}"):
+        bus.store(0, size, 0)
+
+
+@pytest.mark.parametrize(("base", "size"), [(-1, 4), (0, 0), (0, -1), (1, 1 << 64)])
+def test_a_range_outside_the_address_space_is_refused(base: int, size: int) -> None:
+    with pytest.raises(ValueError, match="no range"):
+        Bus("test").insert(base, size, Named(0))
+
+
+@pytest.mark.parametrize("answer", [-1, 1 << 70 | 0x1234])
+def test_an_answer_is_cut_to_the_access(answer: int) -> None:
+    class Wide(PythonDevice):
+        def read(self, offset: int, size: int) -> int:
+            return answer
+
+    bus = Bus("test")
+    bus.insert(0, 8, Wide())
+    assert bus.load(0, 2) == answer & 0xFFFF
 
 
 def test_what_a_device_raises_comes_out_once() -> None:

@@ -39,6 +39,19 @@ def test_a_missing_device_names_the_way_out(host: Host) -> None:
         host.check()
 
 
+def test_a_device_of_another_group_names_what_to_join(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(HostError, match=r"cannot open .*/kvm: permission denied; join the group"):
+        host.check()
+
+
+def test_a_flag_must_be_a_whole_word(host: Host) -> None:
+    (host.modules / "kvm_pvm").mkdir()
+    host.cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu svm_lock vmxoff\nbugs\t\t: svm\n")
+    with pytest.raises(HostError, match="kvm_pvm"):
+        host.check()
+
+
 @pytest.mark.parametrize("flag", ["vmx", "svm"])
 def test_pvm_beside_real_virtualization_passes(host: Host, flag: str) -> None:
     (host.modules / "kvm_pvm").mkdir()

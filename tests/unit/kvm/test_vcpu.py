@@ -132,6 +132,11 @@ def test_a_halted_vcpu_can_be_kicked(machine: Machine) -> None:
     assert outcome == [(KICKED, None)]
 
 
+def test_a_kick_of_a_closed_vcpu_is_nothing(machine: Machine) -> None:
+    machine.vcpu.close()
+    machine.vcpu.kick()
+
+
 def test_exits_are_counted(machine: Machine) -> None:
     ports, mmio, _ = buses(machine)
     machine.load(bytes.fromhex("e610 e610 e610 e680"))

@@ -1,5 +1,6 @@
 """What guest memory is made of."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,73 @@ def test_a_second_region_that_fails_gives_the_first_one_back() -> None:
     with pytest.raises(HostError, match="cannot "):
         backing.allocate(config(shared=True), [(0, 2 * MIB), (1 << 32, 1 << 60)])
     assert mappings().count("pileus-ram") == before
+
+
+def test_part_of_a_page_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "ram"
+    path.touch()
+    with pytest.raises(ConfigError, match="--memory size 1000: a multiple of 4K, a page, is needed"):
+        backing.allocate(MemoryConfig(size=1000, file=str(path)), [(0, 1000)])
+    assert path.stat().st_size == 0
+
+
+def test_part_of_a_huge_page_is_refused_by_its_size() -> None:
+    if not Path("/sys/kernel/mm/hugepages/hugepages-1048576kB").exists():
+        pytest.skip("this kernel has no huge pages of 1 GiB")
+    huge = MemoryConfig(size=6 * MIB, hugepages=True, hugepage_size=1 << 30)
+    with pytest.raises(ConfigError, match="--memory size 6M: a multiple of 1G, a page, is needed"):
+        backing.allocate(huge, RANGES)
+
+
+def test_huge_pages_that_no_host_has_are_named() -> None:
+    huge = MemoryConfig(size=6 * MIB, hugepages=True, hugepage_size=64 << 10)
+    with pytest.raises(ConfigError, match="--memory hugepage_size 64K: this host has no huge pages of that"):
+        backing.allocate(huge, RANGES)
+
+
+ORIGINS: dict[str, dict[str, Any]] = {
+    "private": {},
+    "shared": {"shared": True},
+    "file": {"file": "ram"},
+    "folder": {"file": "."},
+}
+WISHES = {"thp": True, "mergeable": True, "prefault": True}
+STEPS = ("page_size_of", "Region", "GuestMemory", "os.stat", "os.memfd_create", "os.fstat", "os.ftruncate")
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("origin", ORIGINS.values(), ids=ORIGINS)
+def test_whatever_fails_everything_is_given_back(
+    origin: dict[str, Any], step: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ``nth`` call of ``step`` fails, if there is one; open files are compared by the fixture."""
+    monkeypatch.chdir(tmp_path)
+    Path("ram").touch()
+    before, calls = mapped(), 0
+    real = getattr(os, step[3:]) if step.startswith("os.") else getattr(backing, step)
+
+    def failing(*args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            raise OSError(errno.ENOSPC, "injected")
+        return real(*args, **more)
+
+    monkeypatch.setattr(f"pileus.memory.backing.{step}", failing)
+    try:
+        backing.allocate(config(**origin, **WISHES), RANGES).close()
+        told = "nothing failed"
+    except (ConfigError, HostError, OSError) as error:
+        told = str(error)
+    monkeypatch.undo()
+    assert mapped() == before
+    assert (calls >= nth) == ("No space left" in told or "injected" in told), told
+
+
+def mapped() -> int:
+    """Bytes of address space, in steps that no allocator makes by the way."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * 4096 // (2 * MIB)
 
 
 def resident() -> int:

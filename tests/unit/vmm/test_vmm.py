@@ -64,7 +64,7 @@ def test_power_off_ends_with_status_0(command: Command, pvh: bool) -> None:
 def test_a_reset_boots_again_in_the_same_process(command: Command, reset: bytes) -> None:
     ram = command.folder / "ram"
     ram.touch()
-    code = tiny.third_boot_powers_off(reset)
+    code = tiny.power_off_on_boot(3, reset)
     result = command.run(code, "--memory", f"size=16M,file={ram}", "-vv")
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("the guest asked for a reset") == 2
@@ -76,7 +76,7 @@ def test_a_reset_boots_again_in_the_same_process(command: Command, reset: bytes)
 def test_a_triple_fault_is_told_and_resets(command: Command) -> None:
     ram = command.folder / "ram"
     ram.touch()
-    result = command.run(tiny.third_boot_powers_off(tiny.TRIPLE_FAULT), "--memory", f"size=16M,file={ram}")
+    result = command.run(tiny.power_off_on_boot(3, tiny.TRIPLE_FAULT), "--memory", f"size=16M,file={ram}")
     assert result.returncode == 0
     assert result.stderr.count("the guest ended in a triple fault, vCPU 0 at RIP 0x1000") == 2
 

@@ -110,7 +110,9 @@ class Template:
         if self.vendor == INTEL and (base := self._find(0)) and base[EAX] >= 0x15:
             self.leaves = [leaf for leaf in self.leaves if leaf[0] != 0x15]
             # TSC = crystal * EBX / EAX. Guests take the crystal for the APIC timer's clock, so say that one.
-            self.leaves.append([0x15, 0, 0, APIC_TIMER_KHZ, self.tsc_khz, APIC_TIMER_KHZ * 1000, 0])
+            # Linux multiplies the crystal in kHz by EBX in 32 bits: most ratios must be rounded for that.
+            multiplier, divisor = _ratio(self.tsc_khz, APIC_TIMER_KHZ, 0xFFFFFFFF // APIC_TIMER_KHZ)
+            self.leaves.append([0x15, 0, 0, divisor, multiplier, APIC_TIMER_KHZ * 1000, 0])
 
     def _topology_leaves(self, apic_id: int) -> "list[Leaf]":
         """Leaf 0xB, and 0x1F where there are dies to tell: one subleaf a level, then an empty one."""
@@ -127,6 +129,21 @@ class Template:
             ]
             leaves += _levels(0x1F, levels, apic_id)
         return leaves
+
+
+def _ratio(value: int, unit: int, limit: int) -> tuple[int, int]:
+    """``value / unit`` as a fraction, its numerator at most ``limit``: the last such convergent."""
+    before, numerator, before_it, denominator = 0, 1, 1, 0
+    while unit:
+        whole, rest = divmod(value, unit)
+        following = whole * numerator + before
+        if following > limit:
+            break
+        before, numerator, before_it, denominator = (
+            numerator, following, denominator, whole * denominator + before_it
+        )  # fmt: skip
+        value, unit = unit, rest
+    return numerator, denominator
 
 
 def _levels(function: int, levels: list[tuple[int, int, int]], apic_id: int) -> "list[Leaf]":

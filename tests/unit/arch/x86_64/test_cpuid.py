@@ -1,6 +1,8 @@
 """What a guest reads from CPUID, made from small sets of what KVM might support."""
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from pileus.arch.x86_64.cpuid import AMD, INTEL, OTHER, Template, vendor_of
 from pileus.arch.x86_64.topology import Topology
@@ -83,6 +85,38 @@ def test_leaf_b_tells_threads_and_packages(supported: list[Entry]) -> None:
     assert leaf(entries, 0xB, 2) == (0, 0, 2, 9)
 
 
+COUNTS = st.integers(1, 5)
+
+
+@given(threads=COUNTS, cores=COUNTS, dies=COUNTS, packages=st.integers(1, 3))
+def test_a_guest_finds_the_topology_again(threads: int, cores: int, dies: int, packages: int) -> None:
+    """As Linux does: shift APIC ids by the widths told, and count what stays apart."""
+    per_package = threads * cores * dies
+    for supported in (INTEL_SET, AMD_SET):
+        made = template(supported, threads, cores, dies, packages)
+        vcpus = [made.for_vcpu(index) for index in range(per_package * packages)]
+        ids = [leaf(vcpu, 0xB)[3] for vcpu in vcpus]
+        core_shift, package_shift = leaf(vcpus[0], 0xB, 0)[0], leaf(vcpus[0], 0xB, 1)[0]
+        assert len(set(ids)) == len(ids)
+        assert len({each >> core_shift for each in ids}) == cores * dies * packages
+        assert len({each >> package_shift for each in ids}) == packages
+        assert (leaf(vcpus[0], 0xB, 0)[1], leaf(vcpus[0], 0xB, 1)[1]) == (threads, per_package)
+        for vcpu, apic_id in zip(vcpus, ids, strict=True):
+            assert leaf(vcpu, 1)[1] >> 24 == apic_id & 0xFF
+            assert {entry[6] for entry in vcpu if entry[0] in (0xB, 0x1F)} == {apic_id}
+        if supported is INTEL_SET and dies > 1:
+            die_shift = leaf(vcpus[0], 0x1F, 1)[0]
+            assert len({each >> die_shift for each in ids}) == dies * packages
+            assert leaf(vcpus[0], 0x1F, 2)[0] == package_shift
+        if supported is AMD_SET:
+            assert leaf(vcpus[0], 0x80000008)[2] & 0xFF == per_package - 1
+            assert leaf(vcpus[0], 0x80000008)[2] >> 12 & 0xF == package_shift
+            own = [leaf(vcpu, 0x8000001E) for vcpu in vcpus]
+            assert [each[0] for each in own] == ids
+            assert len({(each[1] & 0xFF, each[2] & 0xFF) for each in own}) == cores * dies * packages
+            assert {each[1] >> 8 & 0xFF for each in own} == {threads - 1}
+
+
 def test_dies_show_in_leaf_1f_on_intel() -> None:
     entries = template(INTEL_SET, 1, 2, 2, 1).for_vcpu(3)
     assert leaf(entries, 0)[0] == 0x1F
@@ -119,11 +153,21 @@ def test_intel_keeps_the_bits_that_only_amd_has() -> None:
     assert leaf(template(INTEL_SET, 1, 4, 1, 1).for_vcpu(0), 0x80000008)[2] == 0x7777
 
 
-@pytest.mark.parametrize("khz", [1, 999_999, 2_000_000, TSC_KHZ, 4_294_967])
-def test_leaf_15_gives_the_tsc_frequency_exactly(khz: int) -> None:
+@pytest.mark.parametrize("khz", [1_000_000, 1_996_800, 2_000_000, 2_500_000, 3_831_000, 4_294_000])
+def test_leaf_15_gives_a_round_tsc_frequency_exactly(khz: int) -> None:
     denominator, numerator, crystal, _ = leaf(template(INTEL_SET, tsc_khz=khz).for_vcpu(0), 0x15)
     assert crystal * numerator == khz * 1000 * denominator
     assert crystal == 1_000_000_000, "the clock of KVM's APIC timer"
+
+
+@given(khz=st.integers(800_000, 6_000_000))
+@example(khz=TSC_KHZ)
+@example(khz=2_000_291)
+def test_leaf_15_survives_the_arithmetic_of_linux(khz: int) -> None:
+    """native_calibrate_tsc: unsigned int crystal_khz * ebx_numerator / eax_denominator."""
+    denominator, numerator, crystal, _ = leaf(template(INTEL_SET, tsc_khz=khz).for_vcpu(0), 0x15)
+    calibrated = ((crystal // 1000 * numerator) & 0xFFFFFFFF) // denominator
+    assert abs(calibrated - khz) <= khz * 500e-6, "what NTP can still correct"
 
 
 def test_the_timing_leaf_is_within_the_hypervisors_range() -> None:

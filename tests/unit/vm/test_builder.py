@@ -1,0 +1,164 @@
+"""A VM is built whole, or nothing of it is left."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pileus.config.model import CpusConfig, VmConfig
+from pileus.console import Console, open_console
+from pileus.errors import ConfigError, KvmError
+from pileus.kvm import Kvm
+from pileus.vm.builder import build, topology_of
+from pileus.vm.vcpu import Event
+from pileus.vmm.loop import Loop
+from tests.unit import tiny
+
+
+@pytest.fixture
+def kvm() -> Iterator[Kvm]:
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("no usable /dev/kvm")
+    with Kvm() as kvm:
+        yield kvm
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> VmConfig:
+    return tiny.config(tmp_path, tiny.POWER_OFF, cpus=2)
+
+
+@pytest.fixture
+def console(tmp_path: Path) -> Iterator[Console]:
+    console = open_console("file", str(tmp_path / "serial"), name="serial", warn=print, quit=print)
+    loop = Loop()
+    console.start(loop)
+    yield console
+    console.close()
+    loop.close()
+
+
+def ignore(event: Event) -> None:
+    pass
+
+
+class FailsAt:
+    """Stands for ``real``, but its ``nth`` call, or that of what it makes, fails."""
+
+    def __init__(self, real: Any, nth: int, calls: list[str] | None = None) -> None:
+        self._real = real
+        self._nth = nth
+        self.calls = [] if calls is None else calls
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._real, name)
+        if not callable(found) or name == "close":
+            return found
+
+        def call(*args: Any) -> Any:
+            self.calls.append(name)
+            if len(self.calls) == self._nth:
+                raise KvmError(name, 5, "injected")
+            made = found(*args)
+            return FailsAt(made, self._nth, self.calls) if name.startswith("create_") and made else made
+
+        return call
+
+
+def test_each_step_that_fails_gives_everything_back(kvm: Kvm, config: VmConfig, console: Console) -> None:
+    """Until a build meets no failure any more."""
+    build(config, kvm, console, ignore).close()
+    before = tiny.held()
+    for nth in range(1, 100):
+        failing = FailsAt(kvm, nth)
+        try:
+            build(config, failing, console, ignore).close()  # type: ignore[arg-type]
+        except KvmError:
+            assert tiny.held() == before, f"after {failing.calls}"
+        else:
+            break
+    assert {"create_vm", "set_memory", "create_irqchip", "add_irqfd", "create_vcpu", "set_cpuid"} <= set(
+        failing.calls
+    )
+    assert tiny.held() == before
+
+
+@pytest.mark.parametrize("field", ["kernel", "initramfs"])
+def test_a_payload_that_is_missing_gives_everything_back(
+    kvm: Kvm, config: VmConfig, console: Console, field: str
+) -> None:
+    before = tiny.held()
+    setattr(config.payload, field, "/no/such/file")
+    with pytest.raises(ConfigError, match=f"--{field} /no/such/file"):
+        build(config, kvm, console, ignore)
+    assert tiny.held() == before
+
+
+def test_a_hundred_vms_leave_nothing(kvm: Kvm, config: VmConfig, console: Console) -> None:
+    build(config, kvm, console, ignore).close()
+    before = tiny.held()
+    for _ in range(100):
+        build(config, kvm, console, ignore).close()
+    assert tiny.held() == before
+
+
+def test_a_vm_can_be_closed_twice_and_without_having_run(kvm: Kvm, config: VmConfig) -> None:
+    vm = build(config, kvm, None, ignore)
+    assert vm.memory.ranges == [(0, 16 << 20)]
+    assert vm.exits == {}
+    vm.close()
+    vm.close()
+
+
+def test_two_vms_are_built_side_by_side(kvm: Kvm, config: VmConfig) -> None:
+    first, second = build(config, kvm, None, ignore), build(config, kvm, None, ignore)
+    first.memory.write(0x300000, b"first")
+    assert second.memory.read(0x300000, 5) == bytes(5)
+    first.close()
+    second.memory.write(0x300000, b"second")
+    second.close()
+
+
+def test_without_a_topology_each_vcpu_is_a_core(kvm: Kvm) -> None:
+    topology = topology_of(CpusConfig(boot=3), kvm)
+    assert (topology.threads, topology.cores, topology.dies, topology.packages) == (1, 3, 1, 1)
+
+
+def test_the_topology_asked_for_is_made(kvm: Kvm) -> None:
+    topology = topology_of(CpusConfig(boot=2, max=8, topology=(2, 2, 1, 2)), kvm)
+    assert (topology.threads, topology.cores, topology.dies, topology.packages) == (2, 2, 1, 2)
+
+
+class Small:
+    """A KVM with room for few vCPUs."""
+
+    max_vcpus = 8
+    max_vcpu_id = 10
+
+
+@pytest.mark.parametrize(
+    ("cpus", "sentence"),
+    [
+        (CpusConfig(boot=9), "--cpus 9: at most 8 vCPUs are possible on this host"),
+        (CpusConfig(boot=2, max=9), "--cpus 9: at most 8 vCPUs are possible on this host"),
+        (CpusConfig(boot=1, max=6, topology=(3, 1, 1, 2)), None),
+        (CpusConfig(boot=1, max=6, topology=(1, 1, 3, 2)), None),
+        (CpusConfig(boot=1, max=7, topology=(1, 1, 1, 7)), None),
+    ],
+)
+def test_what_kvm_has_no_room_for_is_refused(cpus: CpusConfig, sentence: str | None) -> None:
+    if sentence is None:
+        topology_of(cpus, Small())  # type: ignore[arg-type]
+        return
+    with pytest.raises(ConfigError, match=sentence):
+        topology_of(cpus, Small())  # type: ignore[arg-type]
+
+
+def test_apic_ids_beyond_kvms_last_are_refused() -> None:
+    """Two packages of five cores: the second package's ids begin at 8, its last core has 12."""
+    small = Small()
+    small.max_vcpus = 10
+    with pytest.raises(ConfigError, match=r"--cpus topology \(1, 5, 1, 2\): its APIC ids pass 9, KVM's last"):
+        topology_of(CpusConfig(boot=10, topology=(1, 5, 1, 2)), small)  # type: ignore[arg-type]
