@@ -33,7 +33,7 @@ class Loop:
         self._watched: dict[int, Callable[[int], None]] = {}
         self._timers: list[Timer] = []
         self._posted: list[Callable[[], None]] = []
-        self._post_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._post_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
         self._running = False
         self.watch(self._post_fd, READABLE, self._call_posted)
 
@@ -68,12 +68,12 @@ class Loop:
         self._running = True
         while self._running:
             for fd, events in self._epoll.poll(self._patience()):
-                if (call := self._watched.get(fd)) is not None:
+                if self._running and (call := self._watched.get(fd)) is not None:
                     call(events)
             self._call_due()
 
     def stop(self) -> None:
-        """Let ``run`` return once the present callback is over."""
+        """Let ``run`` return once the present callback is over: nothing else that is ready is called."""
         self._running = False
 
     def close(self) -> None:
@@ -81,10 +81,8 @@ class Loop:
         os.close(self._post_fd)
 
     def _call_posted(self, _events: int) -> None:
-        os.eventfd_read(self._post_fd)
-        posted, self._posted = self._posted, []
-        for call in posted:
-            call()
+        os.eventfd_read(self._post_fd)  # a semaphore: one call a turn, so that ``stop`` comes before the next
+        self._posted.pop(0)()
 
     def _patience(self) -> float:
         """Seconds until the next timer, or -1 for ever."""
@@ -92,6 +90,6 @@ class Loop:
 
     def _call_due(self) -> None:
         now = time.monotonic()
-        while self._timers and self._timers[0].due <= now:
+        while self._running and self._timers and self._timers[0].due <= now:
             if (call := self._timers.pop(0).call) is not None:
                 call()

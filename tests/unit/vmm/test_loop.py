@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -74,6 +75,52 @@ def test_any_thread_may_post(loop: Loop) -> None:
     loop.run()
     poster.join()
     assert told == [threading.current_thread()]
+
+
+def test_nothing_that_is_ready_is_called_after_a_stop(loop: Loop, pipe: tuple[int, int]) -> None:
+    told: list[str] = []
+    loop.post(loop.stop)
+    loop.post(lambda: told.append("posted"))
+    loop.after(0, lambda: told.append("timer"))
+    loop.watch(pipe[1], WRITABLE, lambda _: told.append("fd"))
+    loop.run()
+    assert "posted" not in told
+    assert "timer" not in told
+
+
+def test_what_a_stop_left_comes_with_the_next_run(loop: Loop) -> None:
+    told: list[str] = []
+    loop.post(loop.stop)
+    loop.post(lambda: told.append("first"))
+    loop.post(loop.stop)
+    loop.post(lambda: told.append("second"))
+    loop.run()
+    assert told == []
+    loop.run()
+    assert told == ["first"]
+
+
+def test_every_post_of_many_threads_arrives_in_its_threads_order(loop: Loop) -> None:
+    told: list[tuple[int, int]] = []
+    posts, threads = 200, 4
+
+    def called(thread: int, number: int) -> None:
+        told.append((thread, number))
+        if len(told) == posts * threads:
+            loop.stop()
+
+    def post(thread: int) -> None:
+        for number in range(posts):
+            loop.post(partial(called, thread, number))
+
+    posters = [threading.Thread(target=post, args=(index,)) for index in range(threads)]
+    for poster in posters:
+        poster.start()
+    loop.run()
+    for poster in posters:
+        poster.join()
+    for index in range(threads):
+        assert [number for thread, number in told if thread == index] == list(range(posts))
 
 
 def test_signals_are_told_by_their_fd_and_then_let_through_again() -> None:
