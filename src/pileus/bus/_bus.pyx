@@ -134,7 +134,7 @@ cdef class Bus:
 
     def take_error(self):
         """The first exception that a Python device of this bus raised and that nobody took yet, or None."""
-        for _, device in self.ranges.values():
+        for device in [device for _, device in self.ranges.values()] + self.retired:
             if isinstance(device, PythonDevice) and (<PythonDevice>device).error is not None:
                 error = (<PythonDevice>device).error
                 (<PythonDevice>device).error = None

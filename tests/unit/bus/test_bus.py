@@ -73,6 +73,18 @@ def test_the_last_address_can_be_a_devices() -> None:
         bus.insert((1 << 64) - 1, 2, Named(4))
 
 
+def test_what_a_device_raises_while_it_is_removed_still_comes_out() -> None:
+    class Leaving(PythonDevice):
+        def read(self, offset: int, size: int) -> int:
+            bus.remove(0)
+            raise ZeroDivisionError
+
+    bus = Bus("test")
+    bus.insert(0, 4, Leaving())
+    with pytest.raises(ZeroDivisionError):
+        bus.load(0, 1)
+
+
 def test_what_a_device_raises_comes_out_once() -> None:
     class Broken(PythonDevice):
         def read(self, offset: int, size: int) -> int:
