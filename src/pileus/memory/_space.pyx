@@ -23,6 +23,10 @@ cdef extern from "<sys/mman.h>" nogil:
     void *MAP_FAILED
 
 
+cdef extern from "<unistd.h>" nogil:
+    int close_fd "close"(int fd)
+
+
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t pread(int fd, void *buffer, size_t length, long offset)
 
@@ -55,7 +59,7 @@ cdef class Region:
     """``size`` bytes of ``fd`` from ``offset``, mapped shared; of memory that is this process's alone where
     ``fd`` is -1. Readable as a writable buffer.
 
-    Owns ``fd`` and closes it. ``reserve`` makes the host set the pages aside at once, which is how huge pages
+    Owns ``fd`` from then on and closes it. ``reserve`` makes the host set the pages aside at once, which is how huge pages
     fail here rather than by SIGBUS in the guest. Raises HostError.
     """
 
@@ -63,14 +67,17 @@ cdef class Region:
         cdef int flags = (MAP_SHARED if fd >= 0 else MAP_PRIVATE | MAP_ANONYMOUS) | (0 if reserve else MAP_NORESERVE)
         cdef void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, offset)
         cdef int error = errno
-        self.fd, self.size, self.offset, self.page_size, self.base = fd, size, offset, page_size, NULL
+        self.fd, self.size, self.offset, self.page_size, self.base = -1, size, offset, page_size, NULL
         if base == MAP_FAILED:
             raise HostError("map", f"{size >> 20} MiB of guest memory", OSError(error, "mmap"))
         self.base = <uint8_t *>base
+        self.fd = fd
 
     def __dealloc__(self):
         if self.base != NULL:
             munmap(self.base, self.size)
+            if self.fd >= 0:  # 0, and not ours, where __cinit__ refused its arguments: then base is NULL
+                close_fd(self.fd)
 
     @property
     def hva(self):
@@ -85,6 +92,10 @@ cdef class Region:
 
     def __releasebuffer__(self, Py_buffer *buffer):
         self.exports -= 1
+
+    cdef _check_unused(self):
+        if self.exports:
+            raise BufferError(f"{self.exports} views of this region are alive")
 
     cdef _advise(self, int advice, str doing):
         cdef int error
@@ -107,8 +118,7 @@ cdef class Region:
 
     def close(self):
         """Unmap and close. Raises BufferError while a memoryview of it is alive."""
-        if self.exports:
-            raise BufferError(f"{self.exports} views of this region are alive")
+        self._check_unused()
         if self.base != NULL:
             munmap(self.base, self.size)
             self.base = NULL
@@ -142,6 +152,10 @@ cdef class GuestMemory:
         self.close()
 
     def close(self):
+        """Give all of it back. Raises BufferError, with nothing closed, while a memoryview of it is alive."""
+        cdef Region region
+        for _, region in self.regions:
+            region._check_unused()
         self.stop_tracking()
         self.count = 0
         while self.regions:
@@ -211,7 +225,9 @@ cdef class GuestMemory:
         raise ValueError(f"{size:#x} bytes at {gpa:#x} are not guest memory")
 
     def mark_dirty(self, uint64_t gpa, uint64_t length):
-        """For the writer of a ``view``."""
+        """For the writer of a ``view``. Raises ValueError as ``view`` does; no bytes are no access."""
+        if length == 0:
+            return
         if self.at(gpa, length) == NULL:
             raise ValueError(f"{length:#x} bytes at {gpa:#x} are not guest memory")
         self.mark(gpa, length)
@@ -263,8 +279,8 @@ cdef class GuestMemory:
             if got == 0:
                 raise EOFError(f"the file ends {length - done} bytes early")
             if got > 0:
+                self.mark(gpa + done, got)  # at once: what came before an error is in RAM all the same
                 done += got
-        self.mark(gpa, length)
 
 
 cdef extern from *:
@@ -278,4 +294,4 @@ cdef extern from *:
 
 cdef size_t _words(uint64_t size) noexcept nogil:
     """64-bit words of a bitmap with a bit per page of ``size`` bytes."""
-    return ((size >> PAGE_SHIFT) + 63) // 64
+    return ((size + (1 << PAGE_SHIFT) - 1 >> PAGE_SHIFT) + 63) // 64

@@ -44,9 +44,10 @@ def _region(config: "MemoryConfig", size: int, offset: int) -> Region:
     if not (config.file or config.shared or config.hugepages):
         return Region(-1, size)
     fd, offset = _open(config.file, size, offset) if config.file else (_memfd(config, size), 0)
-    page_size = page_size_of(fd)
-    huge = page_size > PAGE_SIZE
+    huge, page_size = False, PAGE_SIZE
     try:
+        page_size = page_size_of(fd)
+        huge = page_size > PAGE_SIZE
         if size % page_size:
             raise ConfigError(
                 "--memory size", size, f"a multiple of the page size of {page_size} bytes is needed"
