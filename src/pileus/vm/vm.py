@@ -22,10 +22,13 @@ class Vm:
 
     def start(self) -> None:
         """Let the vCPUs run, each on a thread of its own."""
-        _thread.stack_size(STACK_SIZE)
-        for thread in self.threads:
-            thread.start()
-            self._started.append(thread)
+        before = _thread.stack_size(STACK_SIZE)
+        try:
+            for thread in self.threads:
+                thread.start()
+                self._started.append(thread)
+        finally:
+            _thread.stack_size(before)  # other threads of this process are not ours to shrink
 
     def stop(self) -> None:
         """Take the vCPUs out of the guest and end their threads."""
