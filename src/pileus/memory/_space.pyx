@@ -90,6 +90,10 @@ cdef class Region:
     def __releasebuffer__(self, Py_buffer *buffer):
         self.exports -= 1
 
+    cdef _check_unused(self):
+        if self.exports:
+            raise BufferError(f"{self.exports} views of this region are alive")
+
     cdef _advise(self, int advice, str doing):
         cdef int error
         with nogil:
@@ -111,8 +115,7 @@ cdef class Region:
 
     def close(self):
         """Unmap and close. Raises BufferError while a memoryview of it is alive."""
-        if self.exports:
-            raise BufferError(f"{self.exports} views of this region are alive")
+        self._check_unused()
         if self.base != NULL:
             munmap(self.base, self.size)
             self.base = NULL
@@ -146,7 +149,10 @@ cdef class GuestMemory:
         self.close()
 
     def close(self):
-        """Close the regions. Raises BufferError while views are alive; what is left can be closed again."""
+        """Close the regions. Raises BufferError, with nothing closed, while a view of one is alive."""
+        cdef Region region
+        for _, region in self.regions:
+            region._check_unused()
         self.stop_tracking()
         self.count = 0
         while self.regions:

@@ -4,6 +4,7 @@ import _thread
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,17 @@ def test_a_vcpu_keeps_to_its_host_cpus(run: Run) -> None:
     assert len(os.sched_getaffinity(0)) >= 1
 
 
+def thread_names() -> set[str]:
+    return {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+
+
 def test_vcpus_that_wait_to_be_woken_can_be_stopped(run: Run) -> None:
     vm, events = run(tiny.PANIC + tiny.SPIN, cpus=4)
     assert events.get(timeout=PATIENCE).kind == CRASH
-    names = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
-    assert {"vcpu0", "vcpu1", "vcpu2", "vcpu3"} <= names
+    deadline = time.monotonic() + PATIENCE
+    while not {"vcpu0", "vcpu1", "vcpu2", "vcpu3"} <= thread_names():
+        assert time.monotonic() < deadline, thread_names()
+        time.sleep(0.01)
     vm.stop()
     vm.stop()
     assert vm.exits[2] == 1  # KVM_EXIT_IO: the write to pvpanic
