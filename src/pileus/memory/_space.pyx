@@ -223,7 +223,9 @@ cdef class GuestMemory:
         raise ValueError(f"{size:#x} bytes at {gpa:#x} are not guest memory")
 
     def mark_dirty(self, uint64_t gpa, uint64_t length):
-        """For the writer of a ``view``."""
+        """For the writer of a ``view``. Raises ValueError as ``view`` does; no bytes are no access."""
+        if length == 0:
+            return
         if self.at(gpa, length) == NULL:
             raise ValueError(f"{length:#x} bytes at {gpa:#x} are not guest memory")
         self.mark(gpa, length)
@@ -275,8 +277,8 @@ cdef class GuestMemory:
             if got == 0:
                 raise EOFError(f"the file ends {length - done} bytes early")
             if got > 0:
+                self.mark(gpa + done, got)  # at once: what came before an error is in RAM all the same
                 done += got
-        self.mark(gpa, length)
 
 
 cdef extern from *:
