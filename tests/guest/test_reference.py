@@ -109,13 +109,15 @@ def test_serial_file(start: StartGuest, tmp_path: Path) -> None:
 
 
 def test_vmlinux_boot_noacpi(start: StartGuest) -> None:
-    guest: Guest = start(cmdline="console=ttyS0 quiet acpi=off reboot=k", do="shell")
-    guest.shell()
-    facts = Facts.parse(guest.run("report"))
+    # Debian's cloud kernels cannot read the MP table, so that without ACPI they know of no interrupt pins:
+    # the serial port prints, but nothing typed arrives, and there is no power switch.
+    guest: Guest = start(cmdline="console=ttyS0 quiet acpi=off")
+    facts = guest.facts()
     assert facts.number("cpus") == 1
     assert facts.number("memtotal_kb") > SMALL_MEMTOTAL_KB
     assert facts.number("entropy") >= ENTROPY
-    guest.type("\x01x")  # without ACPI there is no power switch the guest could find
+    assert facts["acpi_tables"] == ""
+    guest.type("\x01x")
     assert guest.wait() == 0
 
 

@@ -49,3 +49,12 @@ def test_a_failure_spares_nobody_and_is_told() -> None:
     with pytest.raises(ZeroDivisionError):
         cleanup.close()
     assert told == ["last", "first"]
+
+
+def test_the_first_failure_of_several_is_told() -> None:
+    cleanup = Cleanup()
+    cleanup.call(lambda: int("no number"))
+    cleanup.call(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cleanup.close()
+    cleanup.close()

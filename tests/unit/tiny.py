@@ -19,8 +19,11 @@ XEN_PHYS32_ENTRY = 18
 SAY_A = bytes.fromhex("66baf803 b041 ee")  # out 0x3f8, 'A'
 POWER_OFF = bytes.fromhex("66bac003 b034 ee f4")  # out 0x3c0, 0x34; hlt
 ACPI_RESET = bytes.fromhex("66bac003 b001 ee f4")
+POWER_OFF_THEN_RESET = bytes.fromhex("66bac003 b034 ee b001 ee f4")  # both, before anyone has looked
 I8042_RESET = bytes.fromhex("b0fe e664 f4")
-TRIPLE_FAULT = bytes.fromhex("cc")  # the boot IDT has no handler for it, nor for what follows from that
+TRIPLE_FAULT = bytes.fromhex(
+    "0f0b"
+)  # ud2: the boot IDT has no handler for it, nor for what follows from that
 SPIN = bytes.fromhex("ebfe")
 PANIC = bytes.fromhex("66ba0505 b001 ee")  # out 0x505, 1
 READ_I8042 = bytes.fromhex("e464")

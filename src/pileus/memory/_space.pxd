@@ -20,6 +20,7 @@ cdef class Region:
     cdef uint8_t *base
     cdef int exports                 # memoryviews alive: unmapping under them would leave them dangling
 
+    cdef _check_unused(self)
     cdef _advise(self, int advice, str doing)
 
 

@@ -90,6 +90,10 @@ cdef class Region:
     def __releasebuffer__(self, Py_buffer *buffer):
         self.exports -= 1
 
+    cdef _check_unused(self):
+        if self.exports:
+            raise BufferError(f"{self.exports} views of this region are alive")
+
     cdef _advise(self, int advice, str doing):
         cdef int error
         with nogil:
@@ -111,8 +115,7 @@ cdef class Region:
 
     def close(self):
         """Unmap and close. Raises BufferError while a memoryview of it is alive."""
-        if self.exports:
-            raise BufferError(f"{self.exports} views of this region are alive")
+        self._check_unused()
         if self.base != NULL:
             munmap(self.base, self.size)
             self.base = NULL
@@ -146,7 +149,10 @@ cdef class GuestMemory:
         self.close()
 
     def close(self):
-        """Close the regions. Raises BufferError while views are alive; what is left can be closed again."""
+        """Close the regions. Raises BufferError, with nothing closed, while a view of one is alive."""
+        cdef Region region
+        for _, region in self.regions:
+            region._check_unused()
         self.stop_tracking()
         self.count = 0
         while self.regions:
@@ -217,7 +223,9 @@ cdef class GuestMemory:
         raise ValueError(f"{size:#x} bytes at {gpa:#x} are not guest memory")
 
     def mark_dirty(self, uint64_t gpa, uint64_t length):
-        """For the writer of a ``view``."""
+        """For the writer of a ``view``. Raises ValueError as ``view`` does; no bytes are no access."""
+        if length == 0:
+            return
         if self.at(gpa, length) == NULL:
             raise ValueError(f"{length:#x} bytes at {gpa:#x} are not guest memory")
         self.mark(gpa, length)
@@ -269,8 +277,8 @@ cdef class GuestMemory:
             if got == 0:
                 raise EOFError(f"the file ends {length - done} bytes early")
             if got > 0:
+                self.mark(gpa + done, got)  # at once: what came before an error is in RAM all the same
                 done += got
-        self.mark(gpa, length)
 
 
 cdef extern from *:

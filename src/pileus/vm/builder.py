@@ -159,8 +159,9 @@ class _Builder:
         machine = Machine(apic_ids, boot, serial=self.console is not None)
         for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]) + reset_vector.build():
             memory.write(gpa, table)
-        regs.write_boot_tables(memory, entry.protocol == PVH)
-        regs.enter(vcpu, entry)
+        pvh = entry.protocol == PVH
+        regs.write_boot_tables(memory, pvh)
+        regs.enter(vcpu, pvh, entry.rip, rsi=entry.rsi, rbx=entry.rbx)
 
 
 def topology_of(cpus: "CpusConfig", kvm: "Kvm") -> Topology:

@@ -1,5 +1,6 @@
 """A host that cannot run stock kernels is told so, before anything is made."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,17 @@ def test_pvm_alone_is_refused_unless_overridden(host: Host, monkeypatch: pytest.
         host.check()
     monkeypatch.setenv(OVERRIDE, "1")
     host.check()
+
+
+def test_a_device_that_is_not_ours_names_its_group(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(HostError, match="permission denied; join the group"):
+        host.check()
+
+
+@pytest.mark.parametrize("value", ["", "0", "yes"])
+def test_the_override_is_1_and_nothing_else(host: Host, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    (host.modules / "kvm_pvm").mkdir()
+    monkeypatch.setenv(OVERRIDE, value)
+    with pytest.raises(HostError, match="kvm_pvm"):
+        host.check()

@@ -170,3 +170,69 @@ def test_prefaulted_memory_is_present_from_the_start() -> None:
     before = resident()
     with backing.allocate(MemoryConfig(size=64 * MIB, prefault=True), [(0, 64 * MIB)]):
         assert resident() - before > 60 * MIB
+
+
+def refuse(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "made up")
+
+
+def test_a_file_that_cannot_grow_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    (tmp_path / "ram").touch()
+    for wanted in (config(file=str(tmp_path)), config(file=str(tmp_path / "ram")), config(shared=True)):
+        with pytest.raises(HostError, match=r"cannot grow to 2 MiB .*No space left"):
+            backing.allocate(wanted, RANGES)
+    assert os.listdir(tmp_path) == ["ram"]
+
+
+def test_a_page_size_that_nobody_can_tell_leaves_no_fd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backing, "page_size_of", refuse)
+    with pytest.raises(OSError, match="made up"):
+        backing.allocate(config(shared=True), RANGES)
+
+
+def test_a_size_that_is_no_multiple_of_huge_pages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backing, "page_size_of", lambda _: 4 * MIB)
+    with pytest.raises(ConfigError, match="a multiple of 4M, a page, is needed"):
+        backing.allocate(config(shared=True), RANGES)
+
+
+def test_a_size_of_huge_pages_goes_to_the_memfd_as_its_logarithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def memfd_create(name: str, flags: int) -> int:
+        asked.append(flags)
+        raise OSError(errno.ENODEV, "made up")
+
+    monkeypatch.setattr(os, "memfd_create", memfd_create)
+    with pytest.raises(ConfigError, match="this host has no huge pages of that size"):
+        backing.allocate(config(hugepages=True, hugepage_size=1 << 30), RANGES)
+    assert asked == [os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_1GB]
+
+
+def flags_of(hva: int) -> set[str]:
+    """The kernel's flags of the mapping that begins at ``hva``; neighbours may have been merged with it."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(each, 16) for each in first.split("-"))
+            inside = low <= hva < high
+        elif inside and first == "VmFlags:":
+            return set(rest.split())
+    raise AssertionError("no such mapping")
+
+
+@pytest.mark.parametrize("thp", [True, False])
+def test_transparent_huge_pages_are_a_wish_of_the_user(thp: bool) -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    with backing.allocate(config(thp=thp, shared=True), RANGES) as memory:
+        assert [("hg" in flags_of(region.hva)) for _, region in memory.regions] == [thp, thp]
+
+
+def test_mergeable_memory_is_told_to_the_kernel() -> None:
+    if not Path("/sys/kernel/mm/ksm").exists():
+        pytest.skip("this kernel merges no pages")
+    with backing.allocate(config(mergeable=True), RANGES) as memory:
+        assert all("mg" in flags_of(region.hva) for _, region in memory.regions)

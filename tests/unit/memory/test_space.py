@@ -62,8 +62,7 @@ def test_no_bytes_are_no_access(memory: GuestMemory) -> None:
 
 def test_marking_no_bytes_at_the_start_of_a_region_marks_nothing(memory: GuestMemory) -> None:
     memory.start_tracking()
-    with pytest.raises(ValueError, match="0x0 bytes"):
-        memory.mark_dirty(HIGH, 0)
+    memory.mark_dirty(HIGH, 0)
     assert not any(memory.take_dirty(1))
 
 

@@ -6,11 +6,9 @@ Source: Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"; Xen's docs/misc
 from struct import Struct, pack, unpack_from
 
 from pileus.arch.x86_64.layout import BOOT_STACK_TOP, GDT, IDT, PAGE_DIRECTORY, PDPT, PML4
-from pileus.boot.loader import PVH
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pileus.boot.loader import Entry
     from pileus.kvm import Vcpu
     from pileus.memory import GuestMemory
 
@@ -69,9 +67,8 @@ def write_boot_tables(memory: "GuestMemory", pvh: bool) -> None:
     memory.write(PAGE_DIRECTORY, pack("<512Q", *entries))
 
 
-def enter(vcpu: "Vcpu", entry: "Entry") -> None:
-    """Let the boot vCPU start at ``entry``."""
-    pvh = entry.protocol == PVH
+def enter(vcpu: "Vcpu", pvh: bool, rip: int, *, rsi: int, rbx: int) -> None:
+    """Let the boot vCPU start at ``rip``: in 32-bit protected mode for PVH, else in 64-bit mode."""
     sregs = vcpu.sregs
     sregs["cs"] = segment(CODE32 if pvh else CODE64, CODE_SELECTOR)
     for name in ("ds", "es", "fs", "gs", "ss"):
@@ -85,7 +82,7 @@ def enter(vcpu: "Vcpu", entry: "Entry") -> None:
         sregs |= {"cr0": CR0_PE | CR0_ET | CR0_PG, "cr3": PML4, "cr4": CR4_PAE, "efer": EFER_LME | EFER_LMA}
     vcpu.sregs = sregs
     stack = {} if pvh else {"rsp": BOOT_STACK_TOP, "rbp": BOOT_STACK_TOP}
-    vcpu.regs = {"rip": entry.rip, "rsi": entry.rsi, "rbx": entry.rbx, "rflags": RFLAGS_RESERVED, **stack}
+    vcpu.regs = {"rip": rip, "rsi": rsi, "rbx": rbx, "rflags": RFLAGS_RESERVED, **stack}
 
 
 def reset_fpu(vcpu: "Vcpu") -> None:

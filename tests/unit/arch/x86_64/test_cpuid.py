@@ -193,3 +193,83 @@ def test_one_vcpus_answer_does_not_change_anothers() -> None:
     first = made.for_vcpu(0)
     made.for_vcpu(3)
     assert made.for_vcpu(0) == first
+
+
+def with_leaf(supported: list[Entry], function: int, *values: int) -> list[Entry]:
+    """``supported`` with other EAX to EDX in leaf ``function``."""
+    eax, ebx, ecx, edx = values
+    kept = [entry for entry in supported if entry[0] != function]
+    return [*kept, (function, 0, 0, eax, ebx, ecx, edx)]
+
+
+@pytest.mark.parametrize("supported", [INTEL_SET, AMD_SET], ids=["intel", "amd"])
+@pytest.mark.parametrize("shape", [(2, 200, 1, 1), (1, 1, 1, 1024), (8, 1024, 8, 2)], ids=str)
+def test_every_register_holds_32_bits_however_many_cpus(
+    supported: list[Entry], shape: tuple[int, int, int, int]
+) -> None:
+    threads, cores, dies, packages = shape
+    last = threads * cores * dies * packages - 1
+    for entry in template(supported, *shape).for_vcpu(last):
+        assert all(0 <= value < 1 << 32 for value in entry), f"leaf {entry[0]:#x}"
+
+
+def test_counts_that_do_not_fit_their_field_stay_at_its_end() -> None:
+    entries = template(INTEL_SET, 8, 1024, 1, 2).for_vcpu(8 * 1024 + 300)
+    apic_id = (1 << 13) + 300
+    _, ebx, _, _ = leaf(entries, 1)
+    assert (ebx >> 16 & 0xFF, ebx >> 24) == (255, apic_id & 0xFF)
+    third = leaf(entries, 4, 1)[0]
+    assert (third >> 26) + 1 == 64
+    assert (third >> 14 & 0xFFF) + 1 == 4096
+    assert leaf(entries, 0xB, 0)[3] == apic_id, "all 32 bits are here"
+    amd = template(AMD_SET, 8, 1024, 1, 2).for_vcpu(8 * 1024 + 8 * 300)
+    assert leaf(amd, 0x80000008)[2] == 0x0700 | 255 | 13 << 12, "bits 8 to 11 are the host's"
+    assert leaf(amd, 0x8000001E)[1] == 7 << 8 | 300 & 0xFF
+
+
+def test_leaf_1_counts_ids_and_not_cpus() -> None:
+    _, ebx, _, _ = leaf(template(INTEL_SET, 2, 3, 1, 1).for_vcpu(0), 1)
+    assert ebx >> 16 & 0xFF == 8, "three cores take two bits"
+
+
+def test_a_core_has_its_second_cache_to_itself() -> None:
+    second = (4, 1, 1, 0xFC01F143, 0x3F, 0x3F, 0)
+    supported = [second if entry[:2] == (4, 1) else entry for entry in INTEL_SET]
+    eax = leaf(template(supported, 2, 4, 1, 1).for_vcpu(0), 4, 1)[0]
+    assert (eax >> 14 & 0xFFF) + 1 == 2
+    assert eax & 0x3FFF == 0x3143, "level, type and flags are the host's"
+
+
+@pytest.mark.parametrize("function", [0xB, 0x1F])
+def test_topology_leaves_say_that_they_have_subleaves(function: int) -> None:
+    entries = template(INTEL_SET, 2, 2, 2, 1).for_vcpu(0)
+    assert {entry[2] for entry in entries if entry[0] == function} == {1}
+
+
+def test_what_the_hypervisor_says_beyond_ours_is_kept() -> None:
+    supported = with_leaf(INTEL_SET, 0x40000000, 0x40000082, 1, 2, 3)
+    assert leaf(template(supported).for_vcpu(0), 0x40000000)[0] == 0x40000082
+    supported = with_leaf(supported, 0x40000010, 7, 8, 0, 0)
+    entries = template(supported).for_vcpu(0)
+    assert leaf(entries, 0x40000010) == (7, 8, 0, 0)
+
+
+@pytest.mark.parametrize(("last", "shown"), [(0x14, 0x1F), (0x20, 0x20)])
+def test_dies_raise_the_last_leaf_and_never_lower_it(last: int, shown: int) -> None:
+    supported = [vendor_leaf(b"GenuineIntel", last), *INTEL_SET[1:]]
+    assert leaf(template(supported, 1, 1, 2, 1).for_vcpu(0), 0)[0] == shown
+
+
+def test_amd_gets_none_of_intels_leaves() -> None:
+    supported = [vendor_leaf(b"AuthenticAMD", 0x20), *AMD_SET[1:]]
+    functions = {entry[0] for entry in template(supported, 1, 2, 2, 1).for_vcpu(0)}
+    assert functions.isdisjoint({0x15, 0x1F})
+
+
+def test_no_tsc_leaf_is_added_beyond_the_last_one() -> None:
+    supported = [vendor_leaf(b"GenuineIntel", 0x14), *(entry for entry in INTEL_SET[1:] if entry[0] != 0x15)]
+    assert 0x15 not in {entry[0] for entry in template(supported).for_vcpu(0)}
+
+
+def test_a_cpu_that_does_not_tell_its_address_width_has_36_bits() -> None:
+    assert template([vendor_leaf(b"GenuineIntel", 1)]).phys_bits == 36
