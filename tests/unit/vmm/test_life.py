@@ -194,8 +194,8 @@ def test_a_signal_ends_with_its_number(
     tmp_path: Path, told: Callable[[], str], number: signal.Signals
 ) -> None:
     def twice(_: Vmm) -> None:
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
+        signal.pthread_kill(threading.get_ident(), number)
+        signal.pthread_kill(threading.get_ident(), number)
 
     assert live(tiny.config(tmp_path, tiny.SPIN, cpus=2), twice) == 128 + number
     assert f"ending on {number.name}" in told()

@@ -1,4 +1,7 @@
-"""The control loop."""
+"""The control loop.
+
+Signals here go to this thread only: one that was joined may still be there, without a mask, and end the process.
+"""
 
 import os
 import signal
@@ -163,7 +166,7 @@ def test_a_closed_loop_leaves_no_descriptor() -> None:
 
 def test_a_second_signal_on_the_way_out_does_not_kill() -> None:
     signals = SignalFd([signal.SIGUSR1])
-    os.kill(os.getpid(), signal.SIGUSR1)  # its default is to end the process
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # its default is to end the process
     signals.close()
     signals.close()
 
@@ -181,7 +184,7 @@ def test_threads_started_meanwhile_do_not_get_the_signals() -> None:
 def test_signals_are_told_by_their_fd_and_then_let_through_again() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     signals = SignalFd([signal.SIGUSR1, signal.SIGUSR2])
-    os.kill(os.getpid(), signal.SIGUSR2)
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
     assert signals.take() == [signal.SIGUSR2]
     assert signals.take() == []
     signals.close()
