@@ -1,6 +1,6 @@
 """The control loop.
 
-Signals here go to this thread only: one that was joined may still be there, without a mask, and end the process.
+Signals go to this thread only: one that was joined may still be there, without a mask, and end the process.
 """
 
 import os
