@@ -117,7 +117,7 @@ def _passes(command: list[str]) -> bool:
 
 
 def _package(_: list[str]) -> Outcome:
-    """Install from a copy of what git knows, so that no file of this checkout alone can help."""
+    """Install as the README says, from a copy of what git knows: no file of this checkout alone can help."""
     with tempfile.TemporaryDirectory() as scratch:
         source, venv = Path(scratch, "source"), Path(scratch, "venv")
         source.mkdir()
@@ -129,10 +129,9 @@ def _package(_: list[str]) -> Outcome:
                 target = source / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes((ROOT / name).read_bytes())
-        pip = [str(TOOLS / "bin" / "python"), "-m", "pip", "--python", str(venv / "bin" / "python")]
         try:
-            run(["/usr/bin/python3", "-m", "venv", "--without-pip", str(venv)])
-            run([*pip, "install", "--quiet", "--no-build-isolation", str(source)])
+            run(["/usr/bin/python3", "-m", "venv", str(venv)])
+            run([str(venv / "bin" / "pip"), "install", "--quiet", str(source)])
             version = run([str(venv / "bin" / "pileus"), "--version"], cwd=scratch)
             run([str(venv / "bin" / "python"), "-c", "import pileus.kvm, pileus.vmm.vmm"], cwd=scratch)
         except ScriptError as error:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pileus.bus import Bus
     from pileus.kvm import Vcpu
 
+RESET_RIP = "0xfff0"  # KVM on AMD resets a vCPU that shut down, so that this tells nothing
 STACK_SIZE = 256 << 10  # bytes: the deepest path is a Python device
 
 # What a guest did, as the control loop hears of it.
@@ -48,7 +49,7 @@ def explain(index: int, rip: str, reason: str, detail: "Any") -> Event:
     """What the exit ``reason`` of vCPU ``index`` at ``rip`` means for the VM."""
     where = f"vCPU {index} at RIP {rip}"
     if reason == TRIPLE_FAULT:
-        return Event(FAULT, where)
+        return Event(FAULT, f"vCPU {index}" if rip == RESET_RIP else where)
     if reason == SYSTEM_EVENT and detail[0] in SYSTEM_EVENTS:
         return Event(SYSTEM_EVENTS[detail[0]], f"{where} asked for it")
     if reason == DEVICE_FAILED:

@@ -16,22 +16,6 @@ from pileus.cli.options import OPTIONS
 from pileus.config.model import VmmConfig
 from pileus.errors import HostError
 
-SLOW_IMPORTS = {
-    *("argparse", "asyncio", "collections", "contextlib", "copy", "dataclasses", "difflib", "enum"),
-    *(
-        "functools",
-        "inspect",
-        "json",
-        "logging",
-        "pathlib",
-        "re",
-        "textwrap",
-        "traceback",
-        "typing",
-        "__future__",
-    ),
-}
-
 
 class FakeVmm(ModuleType):
     """``pileus.vmm.vmm`` without a VM."""
@@ -132,35 +116,3 @@ def test_nobody_reading_is_no_error() -> None:
     done = subprocess.run([sys.executable, "-m", "pileus.cli.main", "--help"], stdout=write_end, check=False)
     os.close(write_end)
     assert done.returncode == 0
-
-
-def test_a_start_imports_nothing_slow() -> None:
-    """By the process's own account, less what a bare interpreter has."""
-    words = [
-        "--kernel",
-        "/k",
-        "--cpus",
-        "boot=2,topology=1:2:1:1",
-        "--memory",
-        "size=1G",
-        "--serial",
-        "tty",
-        "-v",
-    ]
-    parsing = f"configure(scan({words}, OPTIONS))"
-    told = _modules(f"from pileus.cli.main import configure, scan, OPTIONS, summary, log\nsummary({parsing})")
-    assert {name for name in told if name.startswith("pileus.")} >= {"pileus.config.model", "pileus.log"}
-    assert told & SLOW_IMPORTS == set()
-    assert {name for name in told if not name.startswith("pileus")} == set()
-
-
-def _modules(code: str) -> set[str]:
-    bare, loaded = (
-        set(
-            subprocess.check_output(
-                [sys.executable, "-S", "-c", f"{each}\nimport sys; print(*sys.modules)"]
-            ).split()
-        )
-        for each in ("import os, sys, time", code)
-    )
-    return {name.decode() for name in loaded - bare}

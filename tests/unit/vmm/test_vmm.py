@@ -71,7 +71,7 @@ def test_a_triple_fault_is_told_and_resets(command: Command) -> None:
     ram.touch()
     result = command.run(tiny.power_off_on_boot(3, tiny.TRIPLE_FAULT), "--memory", f"size=16M,file={ram}")
     assert result.returncode == 0
-    assert result.stderr.count("the guest ended in a triple fault, vCPU 0 at RIP 0x1000") == 2
+    assert result.stderr.count("the guest ended in a triple fault, vCPU 0") == 2
     assert result.stderr.count("it is reset\n") == 2
     assert ram.read_bytes()[tiny.COUNTER] == 3
 
