@@ -69,3 +69,11 @@ def test_a_guest_that_panics_is_told_of_and_reset(start: StartGuest) -> None:
     guest.process.terminate()
     guest.wait()
     assert "reset" in guest.log
+
+
+def test_a_guest_with_a_pvpanic_driver_has_its_panic_reported(start: StartGuest) -> None:
+    guest: Guest = start(do="panic", cmdline="console=ttyS0 quiet pileus.modules=pvpanic-mmio")
+    guest.expect_log("the guest reported a panic")
+    guest.expect_log("the guest asked for a reset")
+    guest.process.terminate()
+    guest.wait()
