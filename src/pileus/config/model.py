@@ -166,7 +166,9 @@ class VmmConfig(Struct):
 
     vm: VmConfig | None = field(Nested(VmConfig), "the VM to boot", default=None)
     api_socket: ApiSocketConfig = field(
-        Nested(ApiSocketConfig), "where the API listens", factory=lambda _: ApiSocketConfig()
+        Nested(ApiSocketConfig),
+        "where the API will listen; nothing does yet",
+        factory=lambda _: ApiSocketConfig(),
     )
     seccomp: str = field(
         Choice("true", "false", "log", "errno"),

@@ -423,7 +423,7 @@ cdef class Vcpu:
         return parts
 
     def restore(self, parts):
-        """Put a ``state`` back, after ``set_cpuid``. MSRs that KVM does not let userspace write are left out."""
+        """Put a ``state`` back, after ``set_cpuid``. Raises KvmError naming an MSR that KVM refuses."""
         for name in RESTORE_ORDER:
             if name not in parts:
                 continue
