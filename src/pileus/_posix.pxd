@@ -1,6 +1,6 @@
-"""What the compiled parts share: a mutex, and eventfds that are signalled without the GIL."""
+"""What the compiled parts share: a mutex, eventfds signalled without the GIL, loads and stores in order."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint16_t, uint64_t
 
 
 cdef extern from "<pthread.h>" nogil:
@@ -28,3 +28,24 @@ cdef inline void eventfd_consume(int fd) noexcept nogil:
     """Make a non-blocking ``fd`` unreadable again."""
     cdef uint64_t count
     read(fd, &count, sizeof(count))
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+
+cdef extern from *:
+    """
+    #define pileus_load_u16(place) __atomic_load_n((place), __ATOMIC_RELAXED)
+    #define pileus_acquire_u16(place) __atomic_load_n((place), __ATOMIC_ACQUIRE)
+    #define pileus_store_u16(place, value) __atomic_store_n((place), (value), __ATOMIC_RELAXED)
+    #define pileus_release_u16(place, value) __atomic_store_n((place), (value), __ATOMIC_RELEASE)
+    #define pileus_full_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    """
+    uint16_t load_u16 "pileus_load_u16"(const uint16_t *place) nogil
+    uint16_t load_acquire_u16 "pileus_acquire_u16"(const uint16_t *place) nogil
+    void store_u16 "pileus_store_u16"(uint16_t *place, uint16_t value) nogil
+    void store_release_u16 "pileus_release_u16"(uint16_t *place, uint16_t value) nogil
+    void full_fence "pileus_full_fence"() nogil

@@ -1,0 +1,1 @@
+"""Disk images: raw files, block devices and QCOW2, behind one face."""
