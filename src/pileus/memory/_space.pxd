@@ -29,8 +29,11 @@ cdef class GuestMemory:
     cdef size_t count
     cdef readonly list regions       # of (gpa, Region), ascending
     cdef readonly uint64_t size
+    cdef bint tracked                # whether ``mark`` has anything to do
 
     # The host address of [gpa, gpa + length), or NULL if that is not all RAM of one region. A length of 0 is NULL.
     cdef uint8_t *at(self, uint64_t gpa, uint64_t length) noexcept nogil
     # Tell dirty tracking that [gpa, gpa + length), which lies in one region, was written by us.
     cdef void mark(self, uint64_t gpa, uint64_t length) noexcept nogil
+    # The host address of gpa and how many bytes follow it in its region, or NULL.
+    cdef uint8_t *reach(self, uint64_t gpa, uint64_t *available) noexcept nogil

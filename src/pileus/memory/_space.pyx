@@ -175,6 +175,16 @@ cdef class GuestMemory:
                 return span.hva + offset if 0 < length <= span.size - offset else NULL
         return NULL
 
+    cdef uint8_t *reach(self, uint64_t gpa, uint64_t *available) noexcept nogil:
+        cdef size_t index
+        cdef Span *span
+        for index in range(self.count):
+            span = &self.spans[index]
+            if gpa - span.gpa < span.size:
+                available[0] = span.size - (gpa - span.gpa)
+                return span.hva + (gpa - span.gpa)
+        return NULL
+
     cdef void mark(self, uint64_t gpa, uint64_t length) noexcept nogil:
         cdef size_t index
         cdef Span *span
@@ -196,9 +206,11 @@ cdef class GuestMemory:
                 self.spans[index].dirty = <uint64_t *>calloc(_words(self.spans[index].size), 8)
                 if self.spans[index].dirty == NULL:
                     raise MemoryError
+        self.tracked = True
 
     def stop_tracking(self):
         cdef size_t index
+        self.tracked = False
         for index in range(self.count):
             free(self.spans[index].dirty)
             self.spans[index].dirty = NULL

@@ -1,0 +1,117 @@
+"""The face of a virtio device: features, config space, queues, activate and reset.
+
+A device never knows which transport carries it. One in plain Python overrides ``handle_queue``; one with
+compiled queues overrides ``activate`` and ``reset`` to start and end its engines.
+"""
+
+import _thread
+
+from pileus import log
+from pileus.errors import GuestError
+from pileus.virtio.queue import RING_FEATURES, Queue
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from pileus.memory import GuestMemory
+
+    State = Mapping[str, Any]
+
+VERSION_1 = 1 << 32  # no legacy interface
+ACCESS_PLATFORM = 1 << 33  # addresses go through a virtual IOMMU
+ALL_BYTES = (1 << 64) - 1
+
+
+class VirtioDevice:
+    """One device. Subclasses set ``id``, ``queue_sizes`` and ``features``, and keep ``config`` up to date.
+
+    ``lock`` is held around every call from a driver (a vCPU's thread), from a kick and from the control loop.
+    """
+
+    id = 0
+    features = 0  # offered beside those of ring and transport
+    queue_sizes: tuple[int, ...] = ()  # the most descriptors of each queue, a power of two
+    kicked_in_python: "tuple[int, ...] | None" = None  # queues that handle_queue serves; None: all
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.lock = _thread.RLock()
+        self.queues = [Queue(size) for size in self.queue_sizes]
+        self.config = b""  # device-specific configuration, as the driver reads it
+        self.config_generation = 0
+        self.driver_features = 0  # what was negotiated, once the driver said FEATURES_OK
+        self.memory: GuestMemory | None = None  # while active
+        self.behind_iommu = False
+        self.changed: Callable[[], None] = _nothing  # the transport's: interrupts for a new configuration
+        self.broke: Callable[[], None] = _nothing  # the transport's: sets NEEDS_RESET
+
+    # -- what a device overrides ------------------------------------------------------------------
+
+    def handle_queue(self, index: int) -> None:
+        """The driver offers chains on queue ``index``, on the control loop. A GuestError stops the device."""
+
+    def activate(self) -> None:
+        """The driver is ready: features and queues stand, and ``memory`` is set."""
+
+    def reset(self) -> None:
+        """Touch neither queues nor guest memory from here on; called before the queues are reset."""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver writes configuration; a device without writable fields ignores it."""
+
+    def state(self) -> "State":
+        """What is to be restored, beside features and queues."""
+        return {}
+
+    def restore(self, state: "State") -> None:
+        """Take ``state`` back."""
+
+    def close(self) -> None:
+        """Give back what the host lent. The device is reset by then."""
+        for queue in self.queues:
+            queue.close()
+
+    # -- what transports and the builder use ------------------------------------------------------
+
+    @property
+    def offered(self) -> int:
+        """All feature bits the driver may choose from."""
+        return self.features | RING_FEATURES | VERSION_1 | (ACCESS_PLATFORM if self.behind_iommu else 0)
+
+    @property
+    def python_queues(self) -> "tuple[int, ...]":
+        """The queues whose kicks the control loop serves."""
+        return tuple(range(len(self.queues))) if self.kicked_in_python is None else self.kicked_in_python
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """``size`` bytes of the configuration; zeroes where there is none."""
+        return self.config[offset : offset + size].ljust(size, b"\0")
+
+    def kicked(self, index: int) -> None:
+        """Serve queue ``index``, whose kick fd was readable."""
+        with self.lock:
+            if self.memory is None or not self.queues[index].active or self.queues[index].broken:
+                return
+            try:
+                self.handle_queue(index)
+                self.queues[index].notify()
+            except GuestError as error:
+                self.fail(str(error))
+
+    def reconfigure(self, config: bytes) -> None:
+        """Change the configuration and tell the driver."""
+        with self.lock:
+            self.config = config
+            self.config_generation = (self.config_generation + 1) & 0xFFFFFFFF
+            self.changed()
+
+    def fail(self, reason: str) -> None:
+        """Stop for a driver that broke the rules: it has to reset the device. From any thread."""
+        log.limited(log.WARNING, f"{self.name}: {reason}; it needs a reset")
+        self.broke()
+
+
+def _nothing() -> None:
+    pass
