@@ -56,7 +56,7 @@ class Routes:
             self._freed.append(gsi)
 
     def set(self, gsi: int, address: int, data: int) -> None:
-        """Route ``gsi`` to a message. A guest may choose an address that is no interrupt's: it leads nowhere."""
+        """Route ``gsi`` to a message; to nowhere, where the guest chose an address that is no interrupt's."""
         with self._lock:
             message = (address, data)
             if self._messages.get(gsi) == message:

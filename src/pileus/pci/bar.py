@@ -4,6 +4,7 @@ Source: PCI Local Bus 3.0, 6.2.5.1 (Address Maps). A register keeps the bits abo
 below, so that a driver that writes all ones reads the size; no state is needed for that.
 """
 
+from pileus.bus import Bus
 from pileus.pci.config_space import BAR_COUNT, BARS, COMMAND, MEMORY_ENABLE
 
 TYPE_CHECKING = False
@@ -45,6 +46,9 @@ class Bar:
         self.wide = wide
         self.moved = moved
         self.gpa: int | None = None  # where it answers now
+        self._local = Bus(f"BAR {index}")
+        for offset, length, device in sections:
+            self._local.insert(offset, length, device)
         self._offset = BARS + 4 * index
         self._width = 8 if wide else 4
         self._flags = wide * TYPE_64BIT | prefetchable * PREFETCHABLE
@@ -64,9 +68,10 @@ class Bar:
             return None
         return config.get(self._offset, self._width) & ~FLAGS
 
-    def find(self, offset: int, size: int) -> "tuple[Device, int] | None":
-        """Who answers all of [offset, offset + size), and at which offset of its own; or None."""
-        for start, length, device in self.sections:
-            if start <= offset and offset + size <= start + length:
-                return device, offset - start
-        return None
+    def load(self, offset: int, size: int) -> int:
+        """What a driver would read at ``offset``, wherever the BAR is; size 1, 2, 4 or 8."""
+        return self._local.load(offset, size)
+
+    def store(self, offset: int, size: int, value: int) -> None:
+        """What a driver's write would do."""
+        self._local.store(offset, size, value)
