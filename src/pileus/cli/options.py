@@ -31,7 +31,9 @@ GROUPS = {
     "Machine": (
         Option("--cpus", "vm.cpus"),
         Option("--memory", "vm.memory"),
+        Option("--pci", "vm.pci"),
     ),
+    "Devices": (Option("--rng", "vm.rng"),),
     "Terminals of the guest": (
         Option("--serial", "vm.serial"),
         Option("--console", "vm.console"),

@@ -134,6 +134,9 @@ class VmConfig(Struct):
     cpus: CpusConfig = field(Nested(CpusConfig), "vCPUs", factory=lambda _: CpusConfig())
     memory: MemoryConfig = field(Nested(MemoryConfig), "RAM", factory=lambda _: MemoryConfig())
     payload: PayloadConfig = field(Nested(PayloadConfig), "what to boot", factory=lambda _: PayloadConfig())
+    pci: bool = field(
+        SWITCH, "carry virtio devices on PCI; off: on virtio-mmio, for guests without PCI", default=False
+    )
     serial: SerialConfig = field(Nested(SerialConfig), "serial port", factory=lambda _: SerialConfig())
     console: ConsoleConfig = field(
         Nested(ConsoleConfig),

@@ -1,6 +1,7 @@
 """Makes a VM of its configuration: the one place where the parts of a machine are wired together."""
 
 import os
+import select
 
 from pileus import log
 from pileus.arch.x86_64 import layout, mptable, msr, regs, reset_vector
@@ -19,6 +20,8 @@ from pileus.devices.rtc import Rtc
 from pileus.devices.serial import Serial
 from pileus.errors import ConfigError
 from pileus.memory import GuestMemory, backing
+from pileus.vm import devices
+from pileus.vm.mmio_devices import MmioDevices
 from pileus.vm.vcpu import CRASH, POWER_OFF, RESET, Event, VcpuThread
 from pileus.vm.vm import Vm
 
@@ -29,19 +32,28 @@ if TYPE_CHECKING:
     from pileus.config.model import CpusConfig, VmConfig
     from pileus.console import Console
     from pileus.kvm import Kvm, Vcpu
+    from pileus.virtio.device import VirtioDevice
+    from pileus.vm.vm import Loop
 
+READABLE = select.EPOLLIN
 LAST_SHORT_APIC_ID = 254  # 255 addresses all; beyond, KVM and the guest must agree on 32 bits
 
 
-def build(config: "VmConfig", kvm: "Kvm", console: "Console | None", report: "Callable[[Event], None]") -> Vm:
+def build(
+    config: "VmConfig",
+    kvm: "Kvm",
+    console: "Console | None",
+    report: "Callable[[Event], None]",
+    loop: "Loop",
+) -> Vm:
     """A VM ready to start; nothing of it is left if this raises (PileusError).
 
     ``console`` is the far end of the serial port, None for no serial port. ``report`` gets what the guest
-    does to the VM as a whole, on a vCPU's thread.
+    does to the VM as a whole, on a vCPU's thread. ``loop`` serves the devices written in Python.
     """
     cleanup = Cleanup()
     try:
-        return _Builder(config, kvm, console, report, cleanup).build()
+        return _Builder(config, kvm, console, report, loop, cleanup).build()
     except BaseException:
         cleanup.close()
         raise
@@ -54,12 +66,14 @@ class _Builder:
         kvm: "Kvm",
         console: "Console | None",
         report: "Callable[[Event], None]",
+        loop: "Loop",
         cleanup: Cleanup,
     ) -> None:
         self.config = config
         self.kvm = kvm
         self.console = console
         self.report = report
+        self.loop = loop
         self.cleanup = cleanup
         self.ports = Bus("ports")
         self.mmio = Bus("mmio")
@@ -71,8 +85,9 @@ class _Builder:
         long_apic_ids = topology.apic_id(self.config.cpus.max - 1) > LAST_SHORT_APIC_ID
         self._add_irqchip(long_apic_ids)
         self._add_devices()
+        carrier = self._add_virtio_devices(memory)
         vcpus = self._add_vcpus(topology, long_apic_ids)
-        self._load(memory, vcpus[0], topology)
+        self._load(memory, vcpus[0], topology, carrier)
         affinity = self.config.cpus.affinity or {}
         threads = [
             VcpuThread(index, vcpu, self.ports, self.mmio, self.report, affinity.get(index))
@@ -127,6 +142,27 @@ class _Builder:
         console.connect(serial)
         self.cleanup.call(console.disconnect)
 
+    def _add_virtio_devices(self, memory: GuestMemory) -> MmioDevices:
+        """Devices are made before what carries them, so that they outlive it on the way down."""
+        made = list(devices.make(self.config, self.cleanup))
+        carrier = MmioDevices(self.vm, self.mmio, memory, self.cleanup)
+        for device in made:
+            carrier.add(device)
+            for index in device.python_queues:
+                self._serve(device, index)
+        return carrier
+
+    def _serve(self, device: "VirtioDevice", index: int) -> None:
+        """Kicks of a queue that Python handles go to the control loop."""
+        fd = device.queues[index].kick_fd
+
+        def kicked(_events: int) -> None:
+            os.eventfd_read(fd)
+            device.kicked(index)
+
+        self.loop.watch(fd, READABLE, kicked)
+        self.cleanup.call(lambda: self.loop.unwatch(fd))
+
     def _add_vcpus(self, topology: Topology, long_apic_ids: bool) -> "list[Vcpu]":
         vcpus = [
             self.cleanup.own(self.vm.create_vcpu(topology.apic_id(index)))
@@ -150,13 +186,14 @@ class _Builder:
             regs.wire_local_interrupts(vcpu)
         return vcpus
 
-    def _load(self, memory: GuestMemory, vcpu: "Vcpu", topology: Topology) -> None:
+    def _load(self, memory: GuestMemory, vcpu: "Vcpu", topology: Topology, carrier: MmioDevices) -> None:
         """Kernel, boot data and tables into memory, and the boot vCPU to the kernel's entry."""
         payload = self.config.payload
-        entry = load(memory, payload.kernel or "", payload.cmdline, payload.initramfs)
+        cmdline = " ".join(filter(None, (payload.cmdline, *carrier.cmdline)))
+        entry = load(memory, payload.kernel or "", cmdline, payload.initramfs)
         boot, most = self.config.cpus.boot, self.config.cpus.max
         apic_ids = [topology.apic_id(index) for index in range(most)]
-        machine = Machine(apic_ids, boot, serial=self.console is not None)
+        machine = Machine(apic_ids, boot, serial=self.console is not None, devices=carrier.aml)
         for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]) + reset_vector.build():
             memory.write(gpa, table)
         pvh = entry.protocol == PVH

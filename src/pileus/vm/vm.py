@@ -7,8 +7,17 @@ from pileus.vm.vcpu import STACK_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
     from pileus.memory import GuestMemory
     from pileus.vm.vcpu import VcpuThread
+
+    class Loop(Protocol):
+        """What a VM needs of the control loop."""
+
+        def watch(self, fd: int, events: int, call: Callable[[int], None]) -> None: ...
+        def unwatch(self, fd: int) -> None: ...
 
 
 class Vm:

@@ -82,7 +82,7 @@ class Vmm:
             untold.discard(event.kind)
             self._happened(vm, event)
 
-        vm = builder.build(self._config, self._kvm, self._console, report)
+        vm = builder.build(self._config, self._kvm, self._console, report, self.loop)
         self._vm = vm
         vm.start()
 

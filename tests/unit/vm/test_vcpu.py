@@ -27,6 +27,7 @@ from pileus.kvm._vcpu import (
 from pileus.vm.builder import build
 from pileus.vm.vcpu import CRASH, FAILURE, FAULT, POWER_OFF, RESET, Event, explain
 from pileus.vm.vm import Vm
+from pileus.vmm.loop import Loop
 from tests.unit import tiny
 
 PATIENCE = 20  # seconds
@@ -71,7 +72,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
         events: queue.Queue[Event] = queue.Queue()
         config = tiny.config(tmp_path, code, cpus=cpus)
         config.cpus.affinity = affinity
-        vms.append(build(config, kvm, None, events.put))
+        vms.append(build(config, kvm, None, events.put, Loop()))
         vms[-1].start()
         return vms[-1], events
 
