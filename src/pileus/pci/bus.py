@@ -75,11 +75,6 @@ class PciBus:
             with self._lock:
                 function.config.write(register, size, value)
 
-    def close(self) -> None:
-        """Close all functions. No vCPU runs any more."""
-        for function in self.functions.values():
-            function.close()
-
     def _decode(self, function: "Function") -> None:
         """Let each BAR of ``function`` answer where its registers say, and others where it made room."""
         for bar in function.bars:

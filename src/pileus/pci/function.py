@@ -22,6 +22,3 @@ class Function:
     def bar(self, index: int) -> Bar | None:
         """The BAR whose first register is ``index``."""
         return next((bar for bar in self.bars if bar.index == index), None)
-
-    def close(self) -> None:
-        """Give back descriptors and interrupts; called once, when no vCPU runs."""

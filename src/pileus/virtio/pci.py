@@ -88,8 +88,8 @@ class PciTransport(Function):
         self._add_capabilities()
 
     def close(self) -> None:
-        """Give back interrupts and doorbells; the device itself is its owner's to close."""
-        self._forget()
+        """Reset, and give back interrupts and doorbells; the device itself is its owner's to close."""
+        self.control.reset()
         self._wire(None)
         self.msix.close()
 
