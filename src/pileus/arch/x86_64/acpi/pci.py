@@ -41,7 +41,6 @@ def host_bridge(above_4g: tuple[int, int] | None) -> bytes:
         "PCI0",
         name("_HID", eisa_id("PNP0A08")),
         name("_CID", eisa_id("PNP0A03")),
-        name("_ADR", 0),
         name("_SEG", 0),
         name("_BBN", 0),
         name("_UID", 0),
