@@ -135,7 +135,7 @@ class VmConfig(Struct):
     memory: MemoryConfig = field(Nested(MemoryConfig), "RAM", factory=lambda _: MemoryConfig())
     payload: PayloadConfig = field(Nested(PayloadConfig), "what to boot", factory=lambda _: PayloadConfig())
     pci: bool = field(
-        SWITCH, "carry virtio devices on PCI; off: on virtio-mmio, for guests without PCI", default=False
+        SWITCH, "carry virtio devices on PCI; off: on virtio-mmio, for guests without PCI", default=True
     )
     serial: SerialConfig = field(Nested(SerialConfig), "serial port", factory=lambda _: SerialConfig())
     console: ConsoleConfig = field(

@@ -21,7 +21,6 @@ from pileus.devices.serial import Serial
 from pileus.errors import ConfigError
 from pileus.memory import GuestMemory, backing
 from pileus.vm import devices
-from pileus.vm.mmio_devices import MmioDevices
 from pileus.vm.vcpu import CRASH, POWER_OFF, RESET, Event, VcpuThread
 from pileus.vm.vm import Vm
 
@@ -33,7 +32,11 @@ if TYPE_CHECKING:
     from pileus.console import Console
     from pileus.kvm import Kvm, Vcpu
     from pileus.virtio.device import VirtioDevice
+    from pileus.vm.mmio_devices import MmioDevices
+    from pileus.vm.pci_devices import PciDevices
     from pileus.vm.vm import Loop
+
+    Carrier = MmioDevices | PciDevices
 
 READABLE = select.EPOLLIN
 LAST_SHORT_APIC_ID = 254  # 255 addresses all; beyond, KVM and the guest must agree on 32 bits
@@ -85,8 +88,8 @@ class _Builder:
         long_apic_ids = topology.apic_id(self.config.cpus.max - 1) > LAST_SHORT_APIC_ID
         self._add_irqchip(long_apic_ids)
         self._add_devices()
-        carrier = self._add_virtio_devices(memory)
         vcpus = self._add_vcpus(topology, long_apic_ids)
+        carrier = self._add_virtio_devices(memory)
         self._load(memory, vcpus[0], topology, carrier)
         affinity = self.config.cpus.affinity or {}
         threads = [
@@ -142,15 +145,25 @@ class _Builder:
         console.connect(serial)
         self.cleanup.call(console.disconnect)
 
-    def _add_virtio_devices(self, memory: GuestMemory) -> MmioDevices:
+    def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
         made = list(devices.make(self.config, self.cleanup))
-        carrier = MmioDevices(self.vm, self.mmio, memory, self.cleanup)
+        carrier = self._carrier(memory)
         for device in made:
             carrier.add(device)
             for index in device.python_queues:
                 self._serve(device, index)
         return carrier
+
+    def _carrier(self, memory: GuestMemory) -> "Carrier":
+        if not self.config.pci:
+            from pileus.vm.mmio_devices import MmioDevices
+
+            return MmioDevices(self.vm, self.mmio, memory, self.cleanup)
+        from pileus.vm.pci_devices import PciDevices
+
+        above_4g = layout.pci_mmio_64bit(self.config.memory.size, self.phys_bits)
+        return PciDevices(self.vm, self.ports, self.mmio, memory, above_4g, self.cleanup)
 
     def _serve(self, device: "VirtioDevice", index: int) -> None:
         """Kicks of a queue that Python handles go to the control loop."""
@@ -176,6 +189,7 @@ class _Builder:
             max_phys_bits=self.config.cpus.max_phys_bits,
             long_apic_ids=long_apic_ids,
         )
+        self.phys_bits = template.phys_bits
         msrs = msr.boot_msrs()
         for index, vcpu in enumerate(vcpus):
             vcpu.set_cpuid(template.for_vcpu(index))
@@ -186,14 +200,15 @@ class _Builder:
             regs.wire_local_interrupts(vcpu)
         return vcpus
 
-    def _load(self, memory: GuestMemory, vcpu: "Vcpu", topology: Topology, carrier: MmioDevices) -> None:
+    def _load(self, memory: GuestMemory, vcpu: "Vcpu", topology: Topology, carrier: "Carrier") -> None:
         """Kernel, boot data and tables into memory, and the boot vCPU to the kernel's entry."""
         payload = self.config.payload
         cmdline = " ".join(filter(None, (payload.cmdline, *carrier.cmdline)))
         entry = load(memory, payload.kernel or "", cmdline, payload.initramfs)
         boot, most = self.config.cpus.boot, self.config.cpus.max
         apic_ids = [topology.apic_id(index) for index in range(most)]
-        machine = Machine(apic_ids, boot, serial=self.console is not None, devices=carrier.aml)
+        serial = self.console is not None
+        machine = Machine(apic_ids, boot, serial=serial, devices=carrier.aml, mmconfig=carrier.mmconfig)
         for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]) + reset_vector.build():
             memory.write(gpa, table)
         pvh = entry.protocol == PVH
