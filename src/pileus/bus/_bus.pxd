@@ -2,6 +2,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 
 cdef class Device:
+    cdef readonly uint64_t accesses     # of guests through a bus, and the time they took
+    cdef readonly uint64_t busy_ns
     # Both return 0, or -1 when a Python device raised; the exception then waits in ``error``.
     # ``data`` holds ``size`` bytes (1 to 8), little endian; a read arrives filled with ones.
     cdef int bus_read(self, uint64_t offset, uint8_t *data, uint32_t size) noexcept nogil

@@ -3,6 +3,15 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+
+cdef extern from *:
+    """
+    #define pileus_add_u64(place, value) ((void)__atomic_fetch_add((place), (value), __ATOMIC_RELAXED))
+    """
+    void add_u64 "pileus_add_u64"(uint64_t *place, uint64_t value) nogil
+
 
 ctypedef int (*RawRead)(void *, uint64_t, uint8_t *, uint32_t) noexcept nogil
 ctypedef int (*RawWrite)(void *, uint64_t, const uint8_t *, uint32_t) noexcept nogil
@@ -52,11 +61,28 @@ cdef class PythonDevice(Device):
 
 # A Range holds its device as a bare pointer, because a reference cannot be taken without the GIL.
 cdef int _read_device(Device device, uint64_t offset, uint8_t *data, uint32_t size) noexcept nogil:
-    return device.bus_read(offset, data, size)
+    cdef uint64_t began = _now_ns()
+    cdef int result = device.bus_read(offset, data, size)
+    _note(device, began)
+    return result
 
 
 cdef int _write_device(Device device, uint64_t offset, const uint8_t *data, uint32_t size) noexcept nogil:
-    return device.bus_write(offset, data, size)
+    cdef uint64_t began = _now_ns()
+    cdef int result = device.bus_write(offset, data, size)
+    _note(device, began)
+    return result
+
+
+cdef void _note(Device device, uint64_t began) noexcept nogil:
+    add_u64(&device.accesses, 1)
+    add_u64(&device.busy_ns, _now_ns() - began)
+
+
+cdef uint64_t _now_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * 1000000000 + now.tv_nsec
 
 
 cdef RawRead read_device = <RawRead>_read_device
@@ -131,6 +157,16 @@ cdef class Bus:
         """Nothing answers at ``base`` any more. Raises KeyError if nothing did."""
         self.retired.append(self.ranges.pop(base)[1])
         self._publish()
+
+    @property
+    def usage(self):
+        """(base, device, accesses, nanoseconds in the device) for each device that a guest ever used."""
+        cdef Device device
+        return [
+            (base, device, device.accesses, device.busy_ns)
+            for base, (_, device) in sorted(self.ranges.items(), key=lambda item: item[0])
+            if device.accesses
+        ]
 
     def take_error(self):
         """An exception that a Python device of this bus raised and that nobody took yet, or None."""

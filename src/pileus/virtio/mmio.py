@@ -80,6 +80,7 @@ class MmioTransport(MmioWindow):
 
     def __init__(self, device: "VirtioDevice", memory: "GuestMemory", call_fd: int) -> None:
         self.device = device
+        self.name = device.name
         self.control = Control(device, memory)
         self.control.interrupt = self._config_changed
         self.control.forget = self._forget

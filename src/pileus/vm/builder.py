@@ -96,7 +96,7 @@ class _Builder:
             VcpuThread(index, vcpu, self.ports, self.mmio, self.report, affinity.get(index))
             for index, vcpu in enumerate(vcpus)
         ]
-        return Vm(memory, threads, self.cleanup)
+        return Vm(memory, threads, (self.ports, self.mmio), self.cleanup)
 
     def _add_memory(self) -> GuestMemory:
         memory = backing.allocate(self.config.memory, layout.ram_ranges(self.config.memory.size))

@@ -90,7 +90,8 @@ class Vmm:
         if (vm := self._vm) is not None:
             self._vm = None
             vm.stop()
-            log.info(f"exits to the VMM by KVM_EXIT number: {vm.exits}")
+            for line in vm.usage():
+                log.info(line)
             vm.close()
 
     def _happened(self, vm: "Vm | None", event: Event) -> None:

@@ -164,3 +164,16 @@ def test_what_a_device_raises_comes_out_once() -> None:
     with pytest.raises(ZeroDivisionError):
         bus.load(0, 1)
     assert bus.take_error() is None
+
+
+def test_a_bus_tells_how_often_a_device_was_used_and_for_how_long() -> None:
+    bus = Bus("ports")
+    used, idle = PythonDevice(), PythonDevice()
+    bus.insert(0x10, 4, used)
+    bus.insert(0x20, 4, idle)
+    for _ in range(3):
+        bus.load(0x11, 1)
+    bus.store(0x12, 1, 0)
+    ((base, device, accesses, nanoseconds),) = bus.usage
+    assert (base, device, accesses) == (0x10, used, 4)
+    assert nanoseconds > 0

@@ -154,6 +154,8 @@ def test_vcpus_that_wait_to_be_woken_can_be_stopped(run: Run) -> None:
     vm.stop()
     vm.stop()
     assert vm.exits[2] == 1  # KVM_EXIT_IO: the write to pvpanic
+    assert "port I/O: 1 exits" in vm.usage()
+    assert any(line.startswith("ports 0x505, PvPanic: 1 accesses") for line in vm.usage())
 
 
 def test_a_vcpu_that_has_ended_can_be_stopped(run: Run) -> None:
