@@ -22,16 +22,19 @@ cdef struct Range:
 
 cdef struct Table:
     size_t count
-    Table *older    # replaced tables stay readable until the bus goes
+    size_t capacity
+    Table *older    # outgrown tables stay readable until the bus goes
     Range ranges[1]
 
 
 cdef class Bus:
     cdef readonly str name
     cdef Table *table
+    cdef uint64_t sequence  # odd while the table is being written
     cdef dict ranges    # base -> (size, device): what the table was made from
     cdef list retired   # removed devices, kept alive while a vCPU may still be inside them
 
     cdef _publish(self)
+    cdef bint _look_up(self, uint64_t address, uint32_t size, Range *found) noexcept nogil
     cdef int read(self, uint64_t address, uint8_t *data, uint32_t size) noexcept nogil
     cdef int write(self, uint64_t address, const uint8_t *data, uint32_t size) noexcept nogil

@@ -1,6 +1,7 @@
 """Which device answers an address."""
 
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -126,6 +127,22 @@ def test_devices_come_and_go_while_others_look_them_up() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_device_that_moves_to_and_fro_takes_no_memory() -> None:
+    """A guest moves a BAR as often as it likes."""
+    bus, device = Bus("test"), Named(1)
+    for base in range(0, 640, 16):
+        bus.insert(1000 + base, 16, Named(2))
+
+    def pages() -> int:
+        for _ in range(2000):
+            bus.insert(0, 16, device)
+            bus.remove(0)
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    before = pages()
+    assert pages() - before < 100  # a table of 41 ranges is 1 KiB
 
 
 @pytest.mark.parametrize("size", [0, 9])
