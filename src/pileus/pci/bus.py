@@ -4,6 +4,7 @@ import _thread
 
 from pileus import log
 from pileus.errors import ConfigError
+from pileus.pci._config import ConfigTable
 from pileus.pci.allocator import allocate
 from pileus.pci.config_space import BAR_COUNT, BARS, COMMAND
 
@@ -27,6 +28,7 @@ class PciBus:
     """
 
     def __init__(self, mmio: "Bus", below_4g: "Window", above_4g: "Window | None" = None) -> None:
+        self.table = ConfigTable()
         self.functions: dict[int, Function] = {}  # by slot << 3 | function
         self._mmio = mmio
         self._below_4g = [below_4g]
@@ -49,6 +51,7 @@ class PciBus:
             function.config.after_write(COMMAND, 2, lambda _offset, _size: self._decode(function))
             function.config.after_write(BARS, BARS_END - BARS, lambda _offset, _size: self._decode(function))
             self.functions[slot << 3] = function
+            self.table.add(slot << 3, function.config.data, function.config.slow)
             self._decode(function)
         return slot
 

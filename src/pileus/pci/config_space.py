@@ -39,6 +39,7 @@ class ConfigSpace:
     def __init__(self, **values: int) -> None:
         self.data = bytearray(SIZE)
         self.mask = bytearray(SIZE)
+        self.slow = bytearray(SIZE)  # 1 for a byte that a hook may change before it is read
         self._readers: list[tuple[int, int, Hook]] = []
         self._writers: list[tuple[int, int, Hook]] = []
         for name, (offset, size, writable) in HEADER.items():
@@ -62,6 +63,7 @@ class ConfigSpace:
     def before_read(self, offset: int, size: int, hook: "Hook") -> None:
         """Call ``hook(offset, size)`` of an access that touches the range, before it is served."""
         self._readers.append((offset, offset + size, hook))
+        self.slow[offset : offset + size] = b"\1" * size
 
     def after_write(self, offset: int, size: int, hook: "Hook") -> None:
         """Call ``hook(offset, size)`` of an access that touches the range, once it was stored."""

@@ -27,6 +27,19 @@ def function(name: str = "test", *, wide: bool = True, moves: list[int | None] |
     return made
 
 
+def ports_of(bus: PciBus) -> Bus:
+    """The ports, as a guest reaches them."""
+    ports = Bus("ports")
+    ports.insert(0, 8, ConfigPorts(bus))
+    return ports
+
+
+def ecam_of(bus: PciBus) -> Bus:
+    ecam = Bus("ecam")
+    ecam.insert(0, 256 << 20, Ecam(bus))
+    return ecam
+
+
 def enable(bus: PciBus, slot: int) -> None:
     bus.write(slot << 3, COMMAND, 2, 2)
 
@@ -146,47 +159,75 @@ def test_no_write_lets_two_bars_answer_in_one_place(writes: list[tuple[int, int,
 def test_mechanism_1_reads_and_writes_any_width(bus: PciBus) -> None:
     bus.add(host_bridge())
     slot = bus.add(function())
-    ports = ConfigPorts(bus)
-    assert ports.read(0, 4) == 0
-    assert ports.read(4, 4) == ONES  # not enabled
-    ports.write(0, 4, 0x80000000 | slot << 11 | 3)
-    assert ports.read(0, 4) == 0x80000000 | slot << 11
-    assert ports.read(4, 4) == 0x10441AF4
-    assert (ports.read(6, 2), ports.read(7, 1)) == (0x1044, 0x10)
-    ports.write(0, 4, 0x80000000 | slot << 11 | COMMAND)
-    ports.write(4, 1, 6)
+    ports = ports_of(bus)
+    assert ports.load(0, 4) == 0
+    assert ports.load(4, 4) == ONES  # not enabled
+    ports.store(0, 4, 0x80000000 | slot << 11 | 3)
+    assert ports.load(0, 4) == 0x80000000 | slot << 11
+    assert ports.load(4, 4) == 0x10441AF4
+    assert (ports.load(6, 2), ports.load(7, 1)) == (0x1044, 0x10)
+    ports.store(0, 4, 0x80000000 | slot << 11 | COMMAND)
+    ports.store(4, 1, 6)
     assert bus.read(slot << 3, COMMAND, 2) == 6
 
 
 @pytest.mark.parametrize("address", [0x80010000, 0x80000100, 0x0], ids=["bus 1", "function 1", "disabled"])
 def test_mechanism_1_has_nothing_elsewhere(bus: PciBus, address: int) -> None:
     bus.add(host_bridge())
-    ports = ConfigPorts(bus)
-    ports.write(0, 4, address)
-    assert ports.read(4, 4) == ONES
-    ports.write(4, 4, 0)
+    ports = ports_of(bus)
+    ports.store(0, 4, address)
+    assert ports.load(4, 4) == ONES
+    ports.store(4, 4, 0)
 
 
 def test_odd_accesses_to_the_address_port_are_ignored(bus: PciBus) -> None:
-    ports = ConfigPorts(bus)
-    ports.write(0, 4, 0x80000000)
+    ports = ports_of(bus)
+    ports.store(0, 4, 0x80000000)
     for offset, size in [(0, 1), (0, 2), (1, 1), (3, 1), (2, 4), (6, 4), (7, 2)]:
-        ports.write(offset, size, 0)
-        assert ports.read(offset, size) == (1 << (8 * size)) - 1
-    assert ports.read(0, 4) == 0x80000000
+        ports.store(offset, size, 0)
+        assert ports.load(offset, size) == (1 << (8 * size)) - 1
+    assert ports.load(0, 4) == 0x80000000
 
 
 def test_ecam_decodes_device_function_and_register(bus: PciBus) -> None:
     bus.add(host_bridge())
     slot = bus.add(function())
-    ecam = Ecam(bus)
-    assert ecam.read(0, 4) == 0x0D578086
-    assert ecam.read(slot << 15, 4) == 0x10441AF4
-    assert ecam.read(slot << 15 | 2, 2) == 0x1044
+    ecam = ecam_of(bus)
+    assert ecam.load(0, 4) == 0x0D578086
+    assert ecam.load(slot << 15, 4) == 0x10441AF4
+    assert ecam.load(slot << 15 | 2, 2) == 0x1044
     for offset in (slot << 15 | 1 << 12, slot << 15 | 0x100, 5 << 15, 1 << 20, 255 << 20):
-        assert ecam.read(offset, 4) == ONES
-        ecam.write(offset, 4, 0)
-    assert ecam.read(slot << 15 | 0xFE, 4) == ONES
-    assert ecam.read(0, 8) == (1 << 64) - 1
-    ecam.write(slot << 15 | COMMAND, 2, 6)
+        assert ecam.load(offset, 4) == ONES
+        ecam.store(offset, 4, 0)
+    assert ecam.load(slot << 15 | 0xFE, 4) == ONES
+    assert ecam.load(0, 8) == (1 << 64) - 1
+    ecam.store(slot << 15 | COMMAND, 2, 6)
     assert bus.read(slot << 3, COMMAND, 2) == 6
+
+
+@given(
+    st.sampled_from([0, 8, 9, 16, 255]),
+    st.one_of(st.integers(0, 255), st.sampled_from([0x40, 0x44, 0x46, 0x48])),
+    st.sampled_from([1, 2, 4]),
+)
+def test_both_mechanisms_read_what_configuration_space_holds(devfn: int, register: int, size: int) -> None:
+    """The compiled reads beside the Python they stand for, with a register that is made when it is read."""
+    bus = PciBus(Bus("mmio"), Window(0xC0000000, 0x10000))
+    bus.add(host_bridge())
+    slow = function(wide=False)
+    slow.config.before_read(0x44, 4, lambda _offset, _size: slow.config.set(0x44, 4, 0x5EED))
+    bus.add(slow)
+    ports, ecam = ports_of(bus), ecam_of(bus)
+    expected = bus.read(devfn, register, size)
+    slow.config.set(0x44, 4, 0)
+    assert ecam.load(devfn << 12 | register, size) == expected
+    if register % 4 + size <= 4:
+        slow.config.set(0x44, 4, 0)
+        ports.store(0, 4, 0x80000000 | devfn << 8 | register & 0xFC)
+        assert ports.load(4 + register % 4, size) == expected
+
+
+def test_the_address_port_is_state(bus: PciBus) -> None:
+    ports = ConfigPorts(bus)
+    ports.restore(0xFFFFFFFF)
+    assert ports.state() == 0x80FFFFFC
