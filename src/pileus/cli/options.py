@@ -31,6 +31,7 @@ GROUPS = {
     "Machine": (
         Option("--cpus", "vm.cpus"),
         Option("--memory", "vm.memory"),
+        Option("--net", "vm.net", LIST),
     ),
     "Terminals of the guest": (
         Option("--serial", "vm.serial"),
