@@ -93,8 +93,8 @@ class Tap:
     def set_filter(self, addresses: "Sequence[bytes] | None", *, all_multicast: bool = False) -> bool:
         """Give the guest only frames for ``addresses``; all where that is None. False: this kind cannot.
 
-        The kernel keeps a hash of multicast addresses, so a few more may pass; it gives up, and all pass, where
-        more than eight unicast ones are asked for.
+        The kernel keeps a hash of multicast addresses, so a few more may pass; where more than eight unicast
+        ones are asked for it gives up, and all pass.
         """
         if self.macvtap:
             return False
@@ -120,7 +120,7 @@ class Tap:
 
 
 def open_tap(name: str | None, queues: int) -> Tap:
-    """Make the TAP ``name``, or open it if there is one; with no name one that no other has. Raises HostError."""
+    """The TAP ``name``, made if there is none; with no name a new one. Raises HostError."""
     made = name is None
     if name is not None:
         with Interface(name) as interface:
