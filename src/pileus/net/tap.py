@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DEVICE = "/dev/net/tun"
 PATTERN = "vmtap%d"  # the kernel puts the lowest free number in
 HEADER_SIZE = 12  # bytes before each frame
-MAX_QUEUES = 256  # of one TAP: MAX_TAP_QUEUES
+TUN_NUMBER = os.makedev(10, 200)  # of DEVICE, <linux/miscdevice.h>
 
 TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
@@ -266,10 +266,10 @@ def _name_behind(fd: int) -> tuple[str, bool, int]:
     """The name, whether it is a macvtap, and the flags of the interface that ``fd`` is a queue of."""
     try:
         answer = fcntl.ioctl(fd, TUNGETIFF, bytes(IFREQ))
-        path = os.readlink(f"/proc/self/fd/{fd}")
+        number = os.fstat(fd).st_rdev
     except OSError as error:
         text = "it is not open" if error.errno == errno.EBADF else "it is no TAP"
         raise HostError("use", f"fd {fd}", text) from error
     name, flags = struct.unpack_from("=16sH", answer)
     decoded = name.partition(b"\0")[0].decode(errors="surrogateescape")
-    return decoded, path != DEVICE, flags
+    return decoded, number != TUN_NUMBER, flags
