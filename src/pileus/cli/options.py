@@ -33,7 +33,10 @@ GROUPS = {
         Option("--memory", "vm.memory"),
         Option("--pci", "vm.pci"),
     ),
-    "Devices": (Option("--rng", "vm.rng"),),
+    "Devices": (
+        Option("--net", "vm.net", LIST),
+        Option("--rng", "vm.rng"),
+    ),
     "Terminals of the guest": (
         Option("--serial", "vm.serial"),
         Option("--console", "vm.console"),

@@ -22,6 +22,8 @@ cdef class Region:
 
     cdef _check_unused(self)
     cdef _advise(self, int advice, str doing)
+    # Whole pages that the host gets back; 0 or -errno.
+    cdef int give_back(self, uint64_t offset, uint64_t length) noexcept nogil
 
 
 cdef class GuestMemory:

@@ -20,8 +20,13 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *address, size_t size)
     int madvise(void *address, size_t size, int advice)
     int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
-    int MADV_HUGEPAGE, MADV_MERGEABLE, MADV_POPULATE_WRITE
+    int MADV_DONTNEED, MADV_HUGEPAGE, MADV_MERGEABLE, MADV_POPULATE_WRITE
     void *MAP_FAILED
+
+
+cdef extern from "<fcntl.h>" nogil:
+    int fallocate(int fd, int mode, long offset, long length)
+    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -108,6 +113,17 @@ cdef class Region:
     def advise_mergeable(self):
         """Let the kernel's same-page merging look at it."""
         self._advise(MADV_MERGEABLE, "merge")
+
+    cdef int give_back(self, uint64_t offset, uint64_t length) noexcept nogil:
+        """A file's pages go with a hole in it; dropping the mapping alone would keep them."""
+        cdef int failed
+        if self.fd >= 0:
+            failed = fallocate(
+                self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, self.offset + offset, length
+            )
+        else:
+            failed = madvise(self.base + offset, length, MADV_DONTNEED)
+        return -errno if failed else 0
 
     def prefault(self):
         """Make every page present now, so that the guest never waits for one."""
@@ -266,6 +282,35 @@ cdef class GuestMemory:
             self.mark(gpa, buffer.len)
         finally:
             PyBuffer_Release(&buffer)
+
+    def discard(self, uint64_t gpa, uint64_t length):
+        """Give the whole pages of the host in that range back to it: they read as zeroes from now on.
+
+        Returns how many bytes that were, 0 where the range holds no whole page (huge ones are large). Raises
+        ValueError as ``view`` does, HostError where the host refuses.
+        """
+        cdef size_t index
+        cdef Region region
+        cdef uint64_t start, end
+        cdef int error
+        if length == 0:
+            return 0
+        if self.at(gpa, length) == NULL:
+            raise ValueError(f"{length:#x} bytes at {gpa:#x} are not guest memory")
+        index = 0
+        while gpa - self.spans[index].gpa >= self.spans[index].size:
+            index += 1
+        region = self.regions[index][1]
+        start = (gpa - self.spans[index].gpa + region.page_size - 1) // region.page_size * region.page_size
+        end = (gpa - self.spans[index].gpa + length) // region.page_size * region.page_size
+        if end <= start:
+            return 0
+        with nogil:
+            error = -region.give_back(start, end - start)
+        if error:
+            raise HostError("give back", f"{end - start} bytes of guest memory", OSError(error, "discard"))
+        self.mark(self.spans[index].gpa + start, end - start)
+        return end - start
 
     def load_file(self, uint64_t gpa, int fd, uint64_t offset, uint64_t length):
         """Read ``length`` bytes at ``offset`` of ``fd`` straight into RAM.

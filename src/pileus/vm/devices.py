@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 def make(config: "VmConfig", cleanup: "Cleanup") -> "Iterator[VirtioDevice]":
     """Each device, given to ``cleanup`` as it is made. Raises PileusError where the host refuses one."""
+    for index, net in enumerate(config.net):
+        from pileus.virtio.devices.net import open_net
+
+        yield cleanup.own(open_net(net, index))
     from pileus.virtio.devices.rng import FileSource, Rng
 
     yield cleanup.own(Rng("rng0", cleanup.own(FileSource(config.rng.src))))

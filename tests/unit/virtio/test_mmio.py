@@ -105,7 +105,7 @@ def test_a_request_is_served_and_the_driver_interrupted(machine: Machine) -> Non
     assert machine.get(0x070) == READY
     machine.offer(16)
     machine.put(0x050, 0)
-    assert os.eventfd_read(machine.device.queues[0].kick_fd) == 1
+    assert os.eventfd_read(machine.device.queues[0].kick_fd)
     machine.device.kicked(0)
     assert machine.memory.read(DATA, 17) == b"\xa5" * 16 + b"\0"
     assert struct.unpack("<HHII", machine.memory.read(USED, 12))[1:] == (1, 0, 16)
