@@ -32,6 +32,7 @@ GROUPS = {
         Option("--cpus", "vm.cpus"),
         Option("--memory", "vm.memory"),
     ),
+    "Devices": (Option("--disk", "vm.disks", LIST),),
     "Terminals of the guest": (
         Option("--serial", "vm.serial"),
         Option("--console", "vm.console"),

@@ -9,6 +9,7 @@ from pileus.config.declare import Struct, field
 from pileus.config.kinds import (
     Choice,
     Count,
+    Many,
     Mapping,
     Nested,
     Path,
@@ -25,6 +26,11 @@ MAX_VCPUS = 4096  # no x86 kernel allows more (<asm/kvm_host.h>); what a host al
 MAX_HOST_CPUS = 8192  # CONFIG_NR_CPUS ends here
 CMDLINE_LIMIT = 65536  # bytes with the NUL, what the layout sets aside
 FD_MAX = (1 << 31) - 1
+
+MAX_DISK_QUEUES = 256
+MAX_DISK_QUEUE_SIZE = 1024  # a chain is no longer, and that is what one preadv takes
+SERIAL_LIMIT = 21  # one more than there is room for: virtio 1.2, 5.2.6
+ID_LIMIT = 128
 
 PATH, SIZE, SWITCH = Path(), Size(), Switch()
 FD = Count(0, FD_MAX)
@@ -128,12 +134,35 @@ class RngConfig(Struct):
     iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
 
 
+class DiskConfig(Struct):
+    """A disk, and the image of the host that holds it."""
+
+    path: str = field(PATH, "image file or block device")
+    readonly: bool = field(SWITCH, "let the guest read only", default=False)
+    direct: bool = field(SWITCH, "go around the host's page cache (O_DIRECT)", default=False)
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+    num_queues: int = field(Count(1, MAX_DISK_QUEUES), "queues, each with a thread of its own", default=1)
+    queue_size: int = field(Count(4, MAX_DISK_QUEUE_SIZE), "descriptors of each, a power of two", default=128)
+    serial: str | None = field(
+        Printable(SERIAL_LIMIT), "serial number that the guest sees", default=None, default_help="none"
+    )
+    id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_diskN")
+    image_type: str | None = field(
+        Choice("raw", "qcow2"),
+        "format of the image; a raw one that is not said to be raw keeps its guest from writing the first"
+        " bytes of another format",
+        default=None,
+        default_help="what it looks like",
+    )
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
     cpus: CpusConfig = field(Nested(CpusConfig), "vCPUs", factory=lambda _: CpusConfig())
     memory: MemoryConfig = field(Nested(MemoryConfig), "RAM", factory=lambda _: MemoryConfig())
     payload: PayloadConfig = field(Nested(PayloadConfig), "what to boot", factory=lambda _: PayloadConfig())
+    disks: list[DiskConfig] = field(Many(DiskConfig), "disks", factory=lambda _: [])
     serial: SerialConfig = field(Nested(SerialConfig), "serial port", factory=lambda _: SerialConfig())
     console: ConsoleConfig = field(
         Nested(ConsoleConfig),

@@ -5,7 +5,9 @@ A transport is a table of registers over this. Drivers call from vCPU threads, o
 Source: virtio 1.2, 2.1 to 2.6 and 3.1 (Device Initialization)
 """
 
-from pileus.errors import GuestError
+import os
+
+from pileus.errors import PileusError
 from pileus.virtio import status
 from pileus.virtio.device import VERSION_1
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pileus.memory import GuestMemory
-    from pileus.virtio.device import VirtioDevice
+    from pileus.virtio.device import State, VirtioDevice
     from pileus.virtio.queue import Queue
 
 WORD = (1 << 32) - 1
@@ -31,15 +33,15 @@ class Control:
     def __init__(self, device: "VirtioDevice", memory: "GuestMemory") -> None:
         self.device = device
         self.memory = memory
-        self.status = 0
         self.device_features_select = 0
         self.driver_features_select = 0
         self.queue_select = 0
         self.interrupt: Callable[[], None] = lambda: None
         self.forget: Callable[[], None] = lambda: None
         self._accepted = 0
+        self._status = 0  # as the driver wrote it
         device.changed = self._changed
-        device.broke = self._broke
+        device.broke = self._changed
 
     # -- features ---------------------------------------------------------------------------------
 
@@ -66,19 +68,24 @@ class Control:
 
     # -- status -----------------------------------------------------------------------------------
 
+    @property
+    def status(self) -> int:
+        """What the driver wrote, as far as it counts; and NEEDS_RESET, which any thread may set."""
+        return self._status | (status.NEEDS_RESET if self.device.failed else 0)
+
     def set_status(self, written: int) -> None:
         """The driver writes the status; 0 resets, and has when this returns."""
         with self.device.lock:
             if written == 0:
                 self.reset()
                 return
-            after = status.step(self.status, written)
-            if after & ~self.status & status.FEATURES_OK and not self._features_acceptable():
+            after = status.step(self._status, written)
+            if after & ~self._status & status.FEATURES_OK and not self._features_acceptable():
                 after &= ~(status.FEATURES_OK | status.DRIVER_OK)
-            started = after & ~self.status & status.DRIVER_OK
+            started = after & ~self._status & status.DRIVER_OK
             if after & status.FEATURES_OK:
                 self.device.driver_features = self._accepted
-            self.status = after
+            self._status = after
             if started:
                 self._activate()
 
@@ -92,7 +99,8 @@ class Control:
             for queue in device.queues:
                 queue.call_fd = -1
                 queue.reset()
-            self.status = self._accepted = device.driver_features = 0
+            self._status = self._accepted = device.driver_features = 0
+            device.failed = False
             self.device_features_select = self.driver_features_select = self.queue_select = 0
             self.forget()
 
@@ -107,16 +115,17 @@ class Control:
                     queue.activate(self.memory, self._accepted)
             device.memory = self.memory
             device.activate()
-        except GuestError as error:
+        except PileusError as error:
             device.fail(str(error))
+            return
+        for queue in device.queues:
+            if queue.active:
+                # A driver may have filled it, and even kicked, before it said DRIVER_OK.
+                os.eventfd_write(queue.kick_fd, 1)
 
     def _changed(self) -> None:
-        if self.status & status.DRIVER_OK:
+        if self._status & status.DRIVER_OK:
             self.interrupt()
-
-    def _broke(self) -> None:
-        self.status |= status.NEEDS_RESET
-        self._changed()
 
     # -- queues -----------------------------------------------------------------------------------
 
@@ -139,6 +148,11 @@ class Control:
         if (queue := self.configurable()) is not None:
             queue.enabled = True
 
+    def disable_queue(self) -> None:
+        """Before DRIVER_OK a driver may think better of it."""
+        if (queue := self.queue) is not None and not self.status & status.DRIVER_OK:
+            queue.enabled = False
+
     def queue_address(self, which: str, high: bool) -> int:
         """Half of an address of ADDRESSES of the selected queue."""
         if (queue := self.queue) is None:
@@ -149,3 +163,48 @@ class Control:
         if (queue := self.configurable()) is not None:
             shift = 32 if high else 0
             setattr(queue, which, getattr(queue, which) & ~(WORD << shift) | (value & WORD) << shift)
+
+    # -- saving -----------------------------------------------------------------------------------
+
+    def state(self) -> "State":
+        """All that the driver set up, with the device's own state; nothing runs or is in flight."""
+        device = self.device
+        with device.lock:
+            own = device.state()  # first: a device may give back chains that it holds
+            return {
+                "status": self._status,
+                "failed": device.failed,
+                "features": self._accepted,
+                "device_features_select": self.device_features_select,
+                "driver_features_select": self.driver_features_select,
+                "queue_select": self.queue_select,
+                "config_generation": device.config_generation,
+                "queues": [queue.state() for queue in device.queues],
+                "device": own,
+            }
+
+    def restore(self, state: "State") -> None:
+        """Take ``state`` back, on a device that nobody drove yet, and go on where it stopped.
+
+        The transport has set the interrupts up. Raises ValueError where this device is not what was saved.
+        """
+        device = self.device
+        with device.lock:
+            queues, accepted = state["queues"], state["features"]
+            if len(queues) != len(device.queues):
+                raise ValueError(f"{device.name}: {len(queues)} queues were saved, not {len(device.queues)}")
+            if state["status"] & status.FEATURES_OK and accepted & ~device.offered:
+                raise ValueError(f"{device.name}: its driver uses features {accepted & ~device.offered:#x}")
+            device.restore(state["device"])
+            for queue, saved in zip(device.queues, queues, strict=True):
+                queue.restore(saved)
+            self.device_features_select = state["device_features_select"]
+            self.driver_features_select = state["driver_features_select"]
+            self.queue_select = state["queue_select"]
+            device.config_generation = state["config_generation"]
+            self._accepted, self._status = accepted, state["status"]
+            device.failed = state["failed"]
+            if self._status & status.FEATURES_OK:
+                device.driver_features = accepted
+            if self._status & status.DRIVER_OK and not device.failed:
+                self._activate()

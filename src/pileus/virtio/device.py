@@ -7,7 +7,7 @@ compiled queues overrides ``activate`` and ``reset`` to start and end its engine
 import _thread
 
 from pileus import log
-from pileus.errors import GuestError
+from pileus.errors import PileusError
 from pileus.virtio.queue import RING_FEATURES, Queue
 
 TYPE_CHECKING = False
@@ -44,13 +44,14 @@ class VirtioDevice:
         self.driver_features = 0  # what was negotiated, once the driver said FEATURES_OK
         self.memory: GuestMemory | None = None  # while active
         self.behind_iommu = False
+        self.failed = False  # the driver broke a rule, and nothing is served until its reset
         self.changed: Callable[[], None] = _nothing  # the transport's: interrupts for a new configuration
         self.broke: Callable[[], None] = _nothing  # the transport's: sets NEEDS_RESET
 
     # -- what a device overrides ------------------------------------------------------------------
 
     def handle_queue(self, index: int) -> None:
-        """The driver offers chains on queue ``index``, on the control loop. A GuestError stops the device."""
+        """Serve the chains on queue ``index``, on the control loop. A PileusError stops the device."""
 
     def activate(self) -> None:
         """The driver is ready: features and queues stand, and ``memory`` is set."""
@@ -92,13 +93,13 @@ class VirtioDevice:
     def kicked(self, index: int) -> None:
         """Serve queue ``index``, whose kick fd was readable."""
         with self.lock:
-            if self.memory is None or not self.queues[index].active or self.queues[index].broken:
+            if self.memory is None or self.failed or not self.queues[index].active:
                 return
             try:
                 self.handle_queue(index)
-                self.queues[index].notify()
-            except GuestError as error:
+            except PileusError as error:
                 self.fail(str(error))
+            self.queues[index].notify()  # of what was served before an error, too
 
     def reconfigure(self, config: bytes) -> None:
         """Change the configuration and tell the driver."""
@@ -109,6 +110,7 @@ class VirtioDevice:
 
     def fail(self, reason: str) -> None:
         """Stop for a driver that broke the rules: it has to reset the device. From any thread."""
+        self.failed = True
         log.limited(log.WARNING, f"{self.name}: {reason}; it needs a reset")
         self.broke()
 

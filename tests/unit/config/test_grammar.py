@@ -11,6 +11,7 @@ from pileus.config.model import (
     ApiSocketConfig,
     ConsoleConfig,
     CpusConfig,
+    DiskConfig,
     MemoryConfig,
     RngConfig,
     SerialConfig,
@@ -19,7 +20,7 @@ from pileus.errors import ConfigError
 
 from .strategies import ARGUMENTS, of_struct
 
-STRUCTS = [CpusConfig, MemoryConfig, SerialConfig, ConsoleConfig, RngConfig, ApiSocketConfig]
+STRUCTS = [CpusConfig, MemoryConfig, SerialConfig, ConsoleConfig, RngConfig, DiskConfig, ApiSocketConfig]
 
 
 class Disk(Struct):

@@ -28,6 +28,8 @@ cdef class Engine:
         self.stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def start(self):
+        if self.running:
+            raise RuntimeError(f"{self.name}: it is running")
         eventfd_consume(self.stop_fd)
         self._ended.acquire()
         before = _thread.stack_size(STACK_SIZE)

@@ -30,6 +30,21 @@ from pileus.memory._space cimport GuestMemory
 
 from pileus.errors import GuestError
 
+cdef extern from *:
+    """
+    /* Both halves are loaded once, whatever the compiler thinks: the driver may write at any time. An indirect
+       table may begin at any address. */
+    typedef uint64_t __attribute__((aligned(1), may_alias)) pileus_any_u64;
+    static inline void pileus_load_descriptor(const void *place, void *entry) {
+        uint64_t words[2] = {
+            ((const volatile pileus_any_u64 *)place)[0], ((const volatile pileus_any_u64 *)place)[1]
+        };
+        __builtin_memcpy(entry, words, sizeof words);
+    }
+    """
+    void load_descriptor "pileus_load_descriptor"(const Descriptor *place, Descriptor *entry) nogil
+
+
 cdef enum:
     F_NEXT = 1          # the chain goes on at ``next``
     F_WRITE = 2         # the device writes this buffer
@@ -197,15 +212,18 @@ cdef class Queue:
         """Follow a chain to its end, each table for no more steps than it has entries."""
         cdef Descriptor *table = self.table
         cdef Descriptor entry
-        cdef uint32_t entries = self.size, steps = 0, index = head
+        cdef uint32_t entries = self.size, steps = 0, index = head, total = 0
         cdef bint inside = False, writable = False
         buffers.count = buffers.readable = 0
         buffers.readable_length = buffers.writable_length = 0
         while True:
             if steps == entries:
                 return self._fail(LOOP)
+            if total > MAX_BUFFERS:
+                return self._fail(TOO_LONG)  # empty buffers make no vectors, but each costs a step
             steps += 1
-            memcpy(&entry, &table[index], sizeof(entry))
+            total += 1
+            load_descriptor(&table[index], &entry)
             if entry.flags & F_INDIRECT:
                 if not self.indirect:
                     return self._fail(INDIRECT_REFUSED)
@@ -240,7 +258,10 @@ cdef class Queue:
                 return self._fail(NEXT_OUTSIDE)
 
     cdef int _add(self, Buffers *buffers, uint64_t gpa, uint32_t length) noexcept nogil:
-        """A buffer that spans neighbouring regions becomes several vectors; an empty one none."""
+        """A buffer that spans neighbouring regions becomes several vectors; an empty one none.
+
+        ``gpa`` does not wrap: no region ends at 2^64.
+        """
         cdef uint64_t here, left = length
         cdef uint8_t *hva
         while left:
@@ -293,6 +314,7 @@ cdef class Queue:
         full_fence()
         self.signalled = self.next_used
         if self.event_idx:
+            # Tell it if the index passed the event: all modulo 65536.
             event = load_u16(&self.avail[2 + self.size])
             return <uint16_t>(self.next_used - event - 1) < <uint16_t>(self.next_used - before)
         return not load_u16(&self.avail[0]) & NO_INTERRUPT
@@ -306,6 +328,8 @@ cdef class Queue:
             store_u16(&self.used_ring[2 + 4 * self.size], self.next_avail)
         else:
             store_u16(&self.used_ring[0], 0)
+        if self.memory.tracked:
+            self.memory.mark(self.used, 6 + 8 * <uint64_t>self.size)
         # The wish is seen before the index is read, for the same reason.
         full_fence()
         return load_u16(&self.avail[1]) != self.next_avail
@@ -314,6 +338,8 @@ cdef class Queue:
         """With EVENT_IDX nothing is to be done: an event index that is not moved on asks for no more kicks."""
         if not self.event_idx:
             store_u16(&self.used_ring[0], NO_NOTIFY)
+            if self.memory.tracked:
+                self.memory.mark(self.used, 2)
 
     # -- the Python face --------------------------------------------------------------------------
 
@@ -332,23 +358,38 @@ cdef class Queue:
         chain.memory, chain.generation = self.memory, self.generation
         return chain
 
+    def unpop(self, Chain chain not None):
+        """Give back the chain that ``pop`` returned last, with none pushed since: the next ``pop`` finds it again."""
+        if self.active and chain.generation == self.generation:
+            self.untake()
+            chain.generation = 0
+
     def __iter__(self):
-        """The chains that are there, and those that come while these are served: kicks are off meanwhile."""
+        """The chains that are there, and those that come while these are served: kicks are off meanwhile.
+
+        After as many as the ring holds it kicks itself and ends: no driver keeps a thread for ever.
+        """
+        cdef uint32_t left = self.size
         if not self.active:
             return
         while True:
             self.disable_kicks()
             while (chain := self.pop()) is not None:
                 yield chain
+                left -= 1
+                if left == 0:
+                    eventfd_signal(self.kick_fd)
+                    return
             if not self.active or not self.enable_kicks():
                 return
 
     def push_used(self, Chain chain not None, uint32_t length=0):
         """The device is done with ``chain`` and wrote ``length`` bytes; seen by the driver after ``notify``.
 
-        A chain of before a reset is forgotten.
+        A chain of before a reset is forgotten, as is one that was pushed already.
         """
         if self.active and chain.generation == self.generation:
+            chain.generation = 0
             self.complete(&chain.buffers, length)
 
     def notify(self):
@@ -390,7 +431,7 @@ cdef class Chain:
 
     cdef Buffers buffers
     cdef GuestMemory memory     # keeps the mapping alive
-    cdef uint32_t generation
+    cdef uint32_t generation    # of its queue when it was popped; 0, which no queue is at, once it went back
 
     def __cinit__(self):
         buffers_init(&self.buffers)
@@ -454,7 +495,10 @@ cdef class Chain:
                 offset -= here
                 continue
             here = min(here - offset, left)
+            if here == 0:
+                break
             memcpy(<char *>self.buffers.vectors[index].iov_base + offset, source + done, here)
+            self.memory.mark(self.buffers.gpas[index] + offset, here)
             done += here
             left -= here
             offset = 0
