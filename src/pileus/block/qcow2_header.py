@@ -59,7 +59,9 @@ class Header:
         if self.version not in (2, 3):
             raise ValueError(f"it is QCOW2 of version {self.version}; 2 and 3 are known")
         if not MIN_CLUSTER_BITS <= self.cluster_bits <= MAX_CLUSTER_BITS:
-            raise ValueError(f"its clusters have 2^{self.cluster_bits} bytes; 512 bytes to 2 MiB are supported")
+            raise ValueError(
+                f"its clusters have 2^{self.cluster_bits} bytes; 512 bytes to 2 MiB are supported"
+            )
         self.cluster_size = 1 << self.cluster_bits
         data = data[: self.cluster_size]
         self.incompatible = self.compatible = self.autoclear = 0
@@ -146,7 +148,11 @@ class Header:
         found = [
             (0, self.cluster_size, "its header"),
             (self.l1_offset, 8 * self.l1_size, "its L1 table"),
-            (self.refcount_table_offset, self.refcount_table_clusters << self.cluster_bits, "its refcount table"),
+            (
+                self.refcount_table_offset,
+                self.refcount_table_clusters << self.cluster_bits,
+                "its refcount table",
+            ),
             (self.snapshots_offset, self.snapshots_size, "its table of snapshots"),
             *((offset, 8 * entries, "the L1 table of a snapshot") for offset, entries in self.snapshot_l1),
         ]
@@ -166,7 +172,9 @@ def _extensions(data: bytes, at: int) -> dict[int, bytes]:
             break
         at += _EXTENSION.size
         if length > len(data) - at:
-            raise ValueError(f"its header extension {kind:#x} has {length} bytes, more than its first cluster")
+            raise ValueError(
+                f"its header extension {kind:#x} has {length} bytes, more than its first cluster"
+            )
         found.setdefault(kind, data[at : at + length])
         at += length + -length % 8
     return found

@@ -31,7 +31,9 @@ def read_snapshots(header: Header, read: "Callable[[int, int], bytes]") -> list[
     for index in range(header.snapshot_count):
         l1_offset, l1_size, key_length, name_length, *_, extra_length = _ENTRY.unpack(read(at, _ENTRY.size))
         if extra_length > MAX_EXTRA:
-            raise ValueError(f"its snapshot {index} has {extra_length} bytes of extra data; {MAX_EXTRA} would do")
+            raise ValueError(
+                f"its snapshot {index} has {extra_length} bytes of extra data; {MAX_EXTRA} would do"
+            )
         variable = read(at + _ENTRY.size, extra_length + key_length + name_length)
         extra, strings = variable[:extra_length], variable[extra_length:]
         size = header.size
@@ -51,7 +53,10 @@ def read_snapshots(header: Header, read: "Callable[[int, int], bytes]") -> list[
 
 def find_snapshot(snapshots: list[Snapshot], wanted: str) -> Snapshot:
     """The one with this ID, or else with this name. Raises ValueError."""
-    for matches in ([each for each in snapshots if each.key == wanted], [s for s in snapshots if s.name == wanted]):
+    for matches in (
+        [each for each in snapshots if each.key == wanted],
+        [s for s in snapshots if s.name == wanted],
+    ):
         if matches:
             return matches[0]
     known = ", ".join(f"{each.key} ({each.name})" for each in snapshots[:16]) or "none"

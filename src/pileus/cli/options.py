@@ -37,6 +37,7 @@ GROUPS = {
         Option("--net", "vm.net", LIST),
         Option("--rng", "vm.rng"),
     ),
+    "Devices": (Option("--disk", "vm.disks", LIST),),
     "Terminals of the guest": (
         Option("--serial", "vm.serial"),
         Option("--console", "vm.console"),

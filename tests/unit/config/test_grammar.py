@@ -11,6 +11,7 @@ from pileus.config.model import (
     ApiSocketConfig,
     ConsoleConfig,
     CpusConfig,
+    DiskConfig,
     MemoryConfig,
     NetConfig,
     RngConfig,
@@ -20,7 +21,16 @@ from pileus.errors import ConfigError
 
 from .strategies import ARGUMENTS, of_struct
 
-STRUCTS = [CpusConfig, MemoryConfig, SerialConfig, ConsoleConfig, RngConfig, NetConfig, ApiSocketConfig]
+STRUCTS = [
+    CpusConfig,
+    MemoryConfig,
+    SerialConfig,
+    ConsoleConfig,
+    RngConfig,
+    NetConfig,
+    DiskConfig,
+    ApiSocketConfig,
+]
 
 
 class Disk(Struct):
