@@ -96,8 +96,7 @@ cdef class Qcow2Image(Image):
             )
             for first, count, what in header.tables():
                 self.refcounts.protect(first, count, what)
-            for place in self._mapping.tables():
-                self.refcounts.protect(place >> bits, 1, "an L2 table")
+            self._mapping.protect(self.refcounts.metadata)
         self.fd = fd
 
     def __dealloc__(self):
@@ -542,7 +541,7 @@ cdef class Qcow2Image(Image):
     cdef int write_zeroes(self, uint64_t offset, uint64_t length, bint unmap) noexcept nogil:
         cdef uint64_t mask = (<uint64_t>1 << self.cluster_bits) - 1, end = offset + length
         cdef uint64_t head = min((offset + mask) & ~mask, end), tail = end if end == self.size else max(end & ~mask, head)
-        cdef int rc = self._write_zeroes(offset, head - offset)
+        cdef int rc = -EROFS if self.readonly else self._write_zeroes(offset, head - offset)
         if rc == 0:
             rc = self._write_zeroes(tail, end - tail)
         if rc == 0 and tail > head:
