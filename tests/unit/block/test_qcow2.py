@@ -180,7 +180,7 @@ def test_direct_io_needs_clusters_as_large_as_its_blocks(
 
 
 def test_threads_write_side_by_side(tmp_path: Path) -> None:
-    """Each has its own stripes of every cluster and reads back what it wrote; one gives clusters back meanwhile."""
+    """Each has its own stripes of every cluster, and reads back what it wrote; one gives clusters back."""
     path = create(tmp_path / "image", 4 * MIB, cluster_bits=12)
     stripe, count = 512, 4
     failures: list[BaseException] = []
@@ -218,9 +218,10 @@ def test_nobody_writes_to_an_image_open_for_reading(tmp_path: Path) -> None:
     before = path.read_bytes()
     with open_image(path, readonly=True) as image:
         driver = ImageDriver(image)
-        for work in (lambda: driver.write(0, b"x" * 512), lambda: driver.write_zeroes(0, 512)):
-            with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
-                work()
+        with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+            driver.write(0, b"x" * 512)
+        with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+            driver.write_zeroes(0, 512)
         driver.discard(0, MIB)
         driver.flush()
         assert not image.can_discard
@@ -354,7 +355,7 @@ def test_tables_that_overlap_are_refused_for_writing(tmp_path: Path, place: int)
     with open_image(path) as image:
         ImageDriver(image).write(0, b"x" * 512)
     patch(path, L1 + 8, place | COPIED)
-    with pytest.raises(HostError, match="L1 table, .*(lies on another of its tables|no place)"):
+    with pytest.raises(HostError, match=r"L1 table, .*(lies on another of its tables|no place)"):
         open_image(path)
 
 

@@ -62,14 +62,14 @@ def image(tmp_path: Path) -> bytearray:
 def test_a_bad_header_is_refused_in_words(image: bytearray, row: tuple[tuple[int, bytes], str]) -> None:
     (offset, data), words = row
     image[offset : offset + len(data)] = data
-    with pytest.raises(ValueError, match="^(it|its) ") as error:
+    with pytest.raises(ValueError, match=r"^(it|its) ") as error:
         Header(bytes(image))
     assert words in str(error.value)
 
 
 def test_a_header_may_be_cut_anywhere(image: bytearray) -> None:
     for length in range(104):
-        with pytest.raises(ValueError, match="not a QCOW2 image|cut off"):
+        with pytest.raises(ValueError, match=r"not a QCOW2 image|cut off"):
             Header(bytes(image[:length]))
 
 
