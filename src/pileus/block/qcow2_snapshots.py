@@ -26,7 +26,7 @@ class Snapshot:
 
 
 def read_snapshots(header: Header, read: "Callable[[int, int], bytes]") -> list[Snapshot]:
-    """All of them, by ``read(offset, length)``; ``header`` is told where their tables are. Raises ValueError."""
+    """All of them, by ``read(offset, length)``; ``header`` learns where they are. Raises ValueError."""
     found: list[Snapshot] = []
     at, total = header.snapshots_offset, 0
     for index in range(header.snapshot_count):

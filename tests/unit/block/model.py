@@ -10,14 +10,15 @@ SECTOR = 512
 class Model:
     """``data`` is what the disk must hold. ``step`` does one thing to both."""
 
+    weights = (50, 25, 10, 10, 5)  # write, read, write_zeroes, discard, flush
+
     def __init__(self, data: bytes, rng: random.Random) -> None:
         self.data, self.rng = bytearray(data), rng
 
     def step(self, driver: ImageDriver) -> str:
         """Returns what it did."""
-        work = self.rng.choices(
-            [self.write, self.read, self.write_zeroes, self.discard, self.flush], [50, 25, 10, 10, 5]
-        )[0]
+        kinds = [self.write, self.read, self.write_zeroes, self.discard, self.flush]
+        (work,) = self.rng.choices(kinds, self.weights)
         offset, length = self._range()
         work(driver, offset, length)
         return f"{work.__name__} {offset:#x} {length:#x}"
