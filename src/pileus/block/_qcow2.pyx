@@ -161,25 +161,28 @@ cdef class Qcow2Image(Image):
 
     cdef int _locate(self, uint64_t offset, uint64_t length, bint write, bint writer, Place *place) noexcept nogil:
         """Where ``offset`` is, and one user more. ``writer``: the caller has that lock."""
+        cdef bint taken = False
         cdef int rc, attempt
-        for attempt in range(3):
+        for attempt in range(2):
             pthread_mutex_lock(&self._lock)
             rc = self._place(offset, length, write, place)
             if rc == 0:
                 self._users += 1
             pthread_mutex_unlock(&self._lock)
             if rc != -EAGAIN:
-                return rc
-            if self.readonly:
-                return -ENOMEM  # nothing can be dirty
+                break
+            if self.readonly or attempt:
+                rc = -ENOMEM  # it was not that all slots are dirty
+                break
             if not writer:
-                pthread_mutex_lock(&self._writer)
+                pthread_mutex_lock(&self._writer)  # kept: nobody makes them dirty again before we had one
+                taken = True
             rc = self._commit(False)
-            if not writer:
-                pthread_mutex_unlock(&self._writer)
             if rc < 0:
-                return rc
-        return -ENOMEM
+                break
+        if taken:
+            pthread_mutex_unlock(&self._writer)
+        return rc
 
     cdef int _place(self, uint64_t offset, uint64_t length, bint write, Place *place) noexcept nogil:
         cdef uint64_t cluster = offset >> self.cluster_bits, size = <uint64_t>1 << self.cluster_bits
@@ -402,19 +405,18 @@ cdef class Qcow2Image(Image):
 
     cdef int _find(self, uint64_t cluster, void **slot) noexcept nogil:
         """Take _lock and find the slice of L2 with ``cluster`` in it; keeps the lock if that works."""
-        cdef int rc, attempt
-        for attempt in range(3):
+        cdef int rc = 0, attempt
+        for attempt in range(2):
             pthread_mutex_lock(&self._lock)
             rc = self._mapping.find(cluster, <Slot **>slot)
             if rc == 0:
                 return 0
             pthread_mutex_unlock(&self._lock)
-            if rc == -EAGAIN:
-                rc = self._commit(False)
-                if rc == 0:
-                    rc = -ENOMEM
-                    continue
-            return rc
+            if rc != -EAGAIN:
+                return rc
+            rc = self._commit(False)
+            if rc < 0:
+                return rc
         return -ENOMEM
 
     cdef int _own_table(self, uint64_t cluster) noexcept nogil:

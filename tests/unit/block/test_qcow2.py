@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import resource
 import struct
 import threading
 from collections.abc import Iterator
@@ -149,25 +150,51 @@ def test_zeroes_may_keep_their_space(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cluster_bits", [12, 16, 21])
-def test_direct_io_gives_the_same_bytes(tmp_path: Path, cluster_bits: int) -> None:
+@pytest.mark.parametrize("align", [0, 4096])
+def test_direct_io_gives_the_same_bytes(
+    tmp_path: Path, cluster_bits: int, align: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seed = random.randrange(2**32)
     print("seed", seed)
+    if align:  # more than this host asks for
+        monkeypatch.setattr("pileus.block.qcow2.direct_alignment", lambda fd: align)
     rng = random.Random(seed)
     path = create(tmp_path / "image", 4 * MIB, cluster_bits=cluster_bits)
     model = Model(bytes(4 * MIB), rng)
     try:
-        image = open_image(path, direct=True)
+        os.close(os.open(path, os.O_RDWR | os.O_DIRECT))
     except OSError:
         pytest.skip("the file system of the tests has no O_DIRECT")
-    with image:
+    with open_image(path, direct=True) as image:
         driver = ImageDriver(image, by_image=True)  # whose pieces are not aligned
-        for _ in range(60):
+        for _ in range(40):
             model.step(driver)
     Twin(path).check()
     assert Twin(path).disk() == model.data
     with open_image(path, direct=True, readonly=True) as image:
-        assert image.logical_block >= 512
+        assert image.logical_block >= (align or 512)
         assert ImageDriver(image).read(0, 4 * MIB) == model.data
+
+
+def test_a_full_host_fails_what_needs_space_and_nothing_else(tmp_path: Path) -> None:
+    """A limit of file sizes stands for a full disk."""
+    path = create(tmp_path / "image", 4 * MIB, cluster_bits=12)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_image(path) as image:
+        driver = ImageDriver(image)
+        driver.write(0, b"a" * 64 * KIB)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 16 * KIB, limit[1]))
+        try:
+            with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+                driver.write(MIB, b"b" * MIB)
+            driver.write(0, b"c" * 64 * KIB)
+            driver.flush()
+            assert driver.read(0, 64 * KIB) == b"c" * 64 * KIB
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        driver.write(MIB, b"d" * MIB)
+        assert driver.read(MIB, MIB) == b"d" * MIB
+    Twin(path).check()
 
 
 def test_direct_io_needs_clusters_as_large_as_its_blocks(
