@@ -48,7 +48,7 @@ def together(works: list[threading.Thread], failures: list[BaseException]) -> No
     "option", ["cluster_size=4096", "cluster_size=65536,compat=0.10", "cluster_size=512"]
 )
 def test_threads_do_not_meet(tmp_path: Path, option: str) -> None:
-    """Each has a part of the disk that begins and ends inside a cluster, over a snapshot and a backing file."""
+    """Each has a part of the disk that ends inside a cluster, over a snapshot and a backing file."""
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
