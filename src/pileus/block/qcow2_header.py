@@ -77,7 +77,7 @@ class Header:
         self._check_tables()
         self.backing_path = _backing_path(data, backing_offset, backing_length)
         form = self._extensions.get(EXTENSION_BACKING_FORMAT)
-        self.backing_format = None if form is None else _text(form, "the format of its backing file")
+        self.backing_format = None if form is None else _text(form, "its backing file's format")
         self.snapshot_l1: list[tuple[int, int]] = []  # offset, entries: filled in by who reads the snapshots
         self.snapshots_size = 0  # bytes
 
@@ -184,8 +184,8 @@ def _backing_path(data: bytes, offset: int, length: int) -> str | None:
     if not offset:
         return None
     if length > MAX_BACKING_NAME or offset + length > len(data):
-        raise ValueError(f"the name of its backing file, {length} bytes at {offset:#x}, is out of bounds")
-    return _text(data[offset : offset + length], "the name of its backing file") or None
+        raise ValueError(f"its backing file's name, {length} bytes at {offset:#x}, is out of bounds")
+    return _text(data[offset : offset + length], "its backing file's name") or None
 
 
 def _text(data: bytes, what: str) -> str:
