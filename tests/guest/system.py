@@ -8,6 +8,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from tests.guest.guest import ASSETS, ROOT, TRIXIE_PVH, Guest, Kernel, NotSeenError
 
@@ -73,7 +74,10 @@ class Network:
 
 
 class System:
-    """pileus with the system in it: ``network[0]`` is the way in. Close it, or use it as a context manager."""
+    """pileus with the system in it; ``networks[0]`` is the way in.
+
+    Close it, or use it as a context manager.
+    """
 
     def __init__(
         self,
@@ -81,7 +85,7 @@ class System:
         folder: Path,
         *,
         disks: tuple[str, ...] = (),
-        nets: tuple[str, ...] = (),
+        network_keys: dict[int, str] | None = None,
         kernel: Kernel = TRIXIE_PVH,
         cmdline: str = QUIET,
         pci: bool = True,
@@ -91,16 +95,19 @@ class System:
         console: str = "off",
         more: tuple[str, ...] = (),
     ) -> None:
-        """``disks`` and ``nets`` are options beside the root disk and ``networks``."""
+        """``disks`` come beside the root disk; ``network_keys`` add to ``networks``, by number."""
         self.folder = folder
         self.networks = networks
+        keys = network_keys or {}
         words = ["root=/dev/vda", "rw", "panic=-1", cmdline, *(net.parameter for net in networks)]
         self.guest = Guest(
             [
-                "--kernel", str(kernel.path), "--initramfs", str(kernel.initramfs), "--cmdline", " ".join(words),
+                "--kernel", str(kernel.path), "--initramfs", str(kernel.initramfs),
+                "--cmdline", " ".join(words),
                 "--cpus", cpus, "--memory", memory, "--pci", "on" if pci else "off",
                 "--disk", f"path={copy_of_root(folder)}", *disks,
-                "--net", *(net.option for net in networks), *nets, "--rng", "src=/dev/urandom",
+                "--net", *(f"{net.option}{keys.get(net.number, '')}" for net in networks),
+                "--rng", "src=/dev/urandom",
                 "--serial", serial, "--console", console, *more,
             ],
             folder / "log",
@@ -108,7 +115,7 @@ class System:
         self._control = Path(tempfile.mkdtemp(prefix="ssh-")) / "control"
         self._master: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "System":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,7 +126,7 @@ class System:
         self.guest.close()
         shutil.rmtree(self._control.parent, ignore_errors=True)
 
-    def connect(self, timeout: float = BOOT_TIMEOUT) -> "System":
+    def connect(self, timeout: float = BOOT_TIMEOUT) -> Self:
         """Wait until ssh works; one connection then carries all commands."""
         deadline = time.monotonic() + timeout
         while not self._banner():
@@ -144,7 +151,7 @@ class System:
             self._master = None
         self._control.unlink(missing_ok=True)
 
-    def settle(self) -> "System":
+    def settle(self) -> Self:
         """Wait until everything that starts at boot has started."""
         self.run("systemctl is-system-running --wait", timeout=BOOT_TIMEOUT)
         return self
@@ -191,7 +198,12 @@ class System:
             "UserKnownHostsFile": SYSTEM / "known_hosts", "HostKeyAlias": "cloud", "BatchMode": "yes",
             "ServerAliveInterval": 0, "LogLevel": "ERROR",
         }  # fmt: skip
-        return ["ssh", "-F", "none", *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))]
+        return [
+            "ssh",
+            "-F",
+            "none",
+            *(word for key, value in options.items() for word in ("-o", f"{key}={value}")),
+        ]
 
     def _story(self) -> str:
         return f"console:\n{self.guest.output[-3000:]}\nlog:\n{self.guest.log[-3000:]}"
