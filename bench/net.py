@@ -1,9 +1,9 @@
 """virtio-net over a TAP: packets and bytes a second, and CPU per packet, beside QEMU and a bare loop.
 
-Everything runs on this very host. A driver in another process (``parts/net_driver.c``) shares memory with the
-device and blasts packets through its queues, for pileus and QEMU alike: QEMU's guest is a halted CPU, its device
-is set up and kicked by the qtest protocol. The bare loop calls writev or readv on the same TAP, without rings:
-the kernel's own share. All is in a network namespace of its own, where the host's stack drops each frame.
+Everything runs on this very host. A driver in another process (``parts/net_driver.c``) shares memory with
+the device and blasts packets through its queues, for pileus and QEMU alike: QEMU's guest is a halted CPU, its
+device is set up and kicked by the qtest protocol. The bare loop calls write or read on the same TAP, without
+rings: the kernel's own share. All is in a network namespace of its own, where the stack drops each frame.
 
 With few cores the driver, the sender and everybody else compete; CPU per packet bears that better than rates.
 """
@@ -312,7 +312,7 @@ def _loop_tx(case: Case, fd: int) -> Figure:
 
 def _loop_rx(case: Case, fd: int) -> Figure:
     with _shared_memory() as counter:
-        words = ["plain-reader", fd, counter, 0, "-", INTERFACE, 0, 0, 0]
+        words = ["plain-reader", fd, counter, 0, "-", INTERFACE, case.length, 0, 0]
         command = ["taskset", "-c", str(DEVICE_CPU), str(DRIVER), *map(str, words)]
         reader = subprocess.Popen(command, close_fds=False)
         try:

@@ -1,4 +1,4 @@
-"""The device's process of the network benchmark: pileus's virtio-net on a TAP, queues set up as a guest would.
+"""The device's process of the network benchmark: pileus's virtio-net, its queues set up as a guest would.
 
 ``net_backend.py MEMORY_FD INTERFACE PROGRAM MODE LENGTH GSO SECONDS`` runs PROGRAM, the driver, and prints
 packets, seconds, and the CPU seconds that this process took meanwhile.
