@@ -20,11 +20,11 @@ from support import apt
 from support.host import PYTHON, ROOT, TOOLS, VENV, digest, has_full_kvm, only_one, run, say, stamp, stamped
 
 PACKAGES = {
-    "build": ["python3-dev", "python3-venv", "build-essential"],
+    "build": ["python3-dev", "python3-venv", "build-essential", "zlib1g-dev", "libzstd-dev"],
     "guest": ["busybox-static", "kmod", "xz-utils", "zstd"],
     # Version 10 of QEMU: with 7.2 as the outer emulator 3 nested guests of 20 crashed, with 10.0 none of 53.
     "nested": ["qemu-system-x86>=10", "kmod", "busybox-static", "xz-utils", "zstd", "lz4"],
-    "test": ["acpica-tools", "git"],
+    "test": ["acpica-tools", "git", "qemu-utils"],
     "bench": ["qemu-system-x86>=10"],
 }
 NEEDS = {  # a goal and the goals it rests on

@@ -17,7 +17,7 @@ ARROWS = {  # room -> the rooms it may import, besides itself and the leaves
     "pci": {"bus"},
     "block": set(),
     "net": set(),
-    "testing": {"virtio", "memory"},
+    "testing": {"virtio", "block", "memory"},
     "arch": {"memory", "kvm"},
     "boot": {"arch.x86_64.layout", "memory"},
     "devices": {"console", "bus"},

@@ -3,6 +3,21 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+
+cdef extern from *:
+    """
+    #define pileus_add_u64(place, value) ((void)__atomic_fetch_add((place), (value), __ATOMIC_RELAXED))
+    #define pileus_load_acquire_u64(place) __atomic_load_n((place), __ATOMIC_ACQUIRE)
+    #define pileus_store_release_u64(place, value) __atomic_store_n((place), (value), __ATOMIC_RELEASE)
+    #define pileus_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    """
+    void add_u64 "pileus_add_u64"(uint64_t *place, uint64_t value) nogil
+    uint64_t load_acquire_u64 "pileus_load_acquire_u64"(uint64_t *place) nogil
+    void store_release_u64 "pileus_store_release_u64"(uint64_t *place, uint64_t value) nogil
+    void fence "pileus_fence"() nogil
+
 
 ctypedef int (*RawRead)(void *, uint64_t, uint8_t *, uint32_t) noexcept nogil
 ctypedef int (*RawWrite)(void *, uint64_t, const uint8_t *, uint32_t) noexcept nogil
@@ -52,11 +67,28 @@ cdef class PythonDevice(Device):
 
 # A Range holds its device as a bare pointer, because a reference cannot be taken without the GIL.
 cdef int _read_device(Device device, uint64_t offset, uint8_t *data, uint32_t size) noexcept nogil:
-    return device.bus_read(offset, data, size)
+    cdef uint64_t began = _now_ns()
+    cdef int result = device.bus_read(offset, data, size)
+    _note(device, began)
+    return result
 
 
 cdef int _write_device(Device device, uint64_t offset, const uint8_t *data, uint32_t size) noexcept nogil:
-    return device.bus_write(offset, data, size)
+    cdef uint64_t began = _now_ns()
+    cdef int result = device.bus_write(offset, data, size)
+    _note(device, began)
+    return result
+
+
+cdef void _note(Device device, uint64_t began) noexcept nogil:
+    add_u64(&device.accesses, 1)
+    add_u64(&device.busy_ns, _now_ns() - began)
+
+
+cdef uint64_t _now_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * 1000000000 + now.tv_nsec
 
 
 cdef RawRead read_device = <RawRead>_read_device
@@ -85,8 +117,9 @@ cdef Range *_find(Table *table, uint64_t address, uint32_t size) noexcept nogil:
 cdef class Bus:
     """Ports or MMIO: an ordered set of ranges, each with its device.
 
-    ``insert`` and ``remove`` publish a new table; a vCPU that is still reading the old one is safe,
-    since tables and removed devices live as long as the bus.
+    ``insert`` and ``remove`` rewrite the table in place, and a vCPU that looked meanwhile looks again. A
+    table that was outgrown and a device that was removed live as long as the bus, since a vCPU may still be
+    inside them; a guest that moves a device to and fro takes no more memory for it.
     """
 
     def __cinit__(self, str name):
@@ -105,17 +138,42 @@ cdef class Bus:
 
     cdef _publish(self):
         cdef size_t count = len(self.ranges), index = 0
-        cdef Table *table = <Table *>malloc(sizeof(Table) + count * sizeof(Range))
+        cdef size_t capacity = 2 * count
+        cdef Table *table = <Table *>malloc(sizeof(Table) + capacity * sizeof(Range))
         if table == NULL:
             raise MemoryError
         table.count = count
+        table.capacity = capacity
         table.older = self.table
         for base, (size, device) in sorted(self.ranges.items(), key=lambda item: item[0]):
             table.ranges[index].base = base
             table.ranges[index].last = base + size - 1
             table.ranges[index].device = <void *>device
             index += 1
-        self.table = table
+        if self.table == NULL or count > self.table.capacity:
+            fence()  # what is in the table, before the table
+            self.table = table
+            return
+        # Nothing from here on gives up the GIL, so that there is one writer.
+        store_release_u64(&self.sequence, self.sequence + 1)
+        fence()  # "being written", before what is written
+        self.table.count = count
+        memcpy(self.table.ranges, table.ranges, count * sizeof(Range))
+        store_release_u64(&self.sequence, self.sequence + 1)
+        free(table)
+
+    cdef bint _look_up(self, uint64_t address, uint32_t size, Range *found) noexcept nogil:
+        """Copy the range that holds the access to ``found``; false where there is none."""
+        cdef uint64_t sequence
+        cdef Range *range_
+        while True:
+            sequence = load_acquire_u64(&self.sequence)
+            range_ = _find(self.table, address, size)
+            if range_ != NULL:
+                found[0] = range_[0]
+            fence()  # what was read of the table, before whether it was whole
+            if not sequence & 1 and load_acquire_u64(&self.sequence) == sequence:
+                return range_ != NULL
 
     def insert(self, base, size, Device device not None):
         """Let ``device`` answer [base, base + size). Raises ValueError where another one already does."""
@@ -129,8 +187,20 @@ cdef class Bus:
 
     def remove(self, base):
         """Nothing answers at ``base`` any more. Raises KeyError if nothing did."""
-        self.retired.append(self.ranges.pop(base)[1])
+        _, device = self.ranges.pop(base)
+        if not any(device is known for known in self.retired):
+            self.retired.append(device)
         self._publish()
+
+    @property
+    def usage(self):
+        """(base, device, accesses, nanoseconds in the device) for each device that a guest ever used."""
+        cdef Device device
+        return [
+            (base, device, device.accesses, device.busy_ns)
+            for base, (_, device) in sorted(self.ranges.items(), key=lambda item: item[0])
+            if device.accesses
+        ]
 
     def take_error(self):
         """An exception that a Python device of this bus raised and that nobody took yet, or None."""
@@ -143,15 +213,15 @@ cdef class Bus:
 
     cdef int read(self, uint64_t address, uint8_t *data, uint32_t size) noexcept nogil:
         """Fill ``data``; with ones where nothing answers, as a floating bus reads."""
-        cdef Range *found = _find(self.table, address, size)
+        cdef Range found
         memset(data, 0xFF, size)
-        if found == NULL:
+        if not self._look_up(address, size, &found):
             return 0
         return read_device(found.device, address - found.base, data, size)
 
     cdef int write(self, uint64_t address, const uint8_t *data, uint32_t size) noexcept nogil:
-        cdef Range *found = _find(self.table, address, size)
-        if found == NULL:
+        cdef Range found
+        if not self._look_up(address, size, &found):
             return 0
         return write_device(found.device, address - found.base, data, size)
 

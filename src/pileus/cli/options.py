@@ -31,6 +31,11 @@ GROUPS = {
     "Machine": (
         Option("--cpus", "vm.cpus"),
         Option("--memory", "vm.memory"),
+        Option("--pci", "vm.pci"),
+    ),
+    "Devices": (
+        Option("--net", "vm.net", LIST),
+        Option("--rng", "vm.rng"),
     ),
     "Terminals of the guest": (
         Option("--serial", "vm.serial"),

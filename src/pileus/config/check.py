@@ -11,10 +11,11 @@ from pileus.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pileus.config.declare import Struct
-    from pileus.config.model import MemoryConfig, SerialConfig, VmConfig, VmmConfig
+    from pileus.config.model import MemoryConfig, NetConfig, SerialConfig, VmConfig, VmmConfig
 
 MIN_MEMORY = 2 * MIB  # what boot protocols use below 1 MiB, and the least of kernels above
 PAGE_SIZE = 4 * KIB
+STDERR = 2
 HUGE_PAGE_SIZES = (2 * MIB, GIB)  # what x86 has
 
 
@@ -116,6 +117,37 @@ def _terminal(option: str, terminal: "SerialConfig") -> None:
             raise ConfigError(option, shown(f"{terminal.mode},{key}={path}"), allowed)
 
 
+def _nets(vm: "VmConfig") -> None:
+    for net in vm.net:
+        _net(net)
+    for key in ("id", "mac", "tap"):
+        given = [net for net in vm.net if getattr(net, key) is not None]
+        for index, net in enumerate(given):
+            if any(getattr(other, key) == getattr(net, key) for other in given[:index]):
+                raise _at_odds("--net", net, (key,), f"another interface has this {key} already")
+    fds = [fd for net in vm.net for fd in net.fd or ()]
+    for net in vm.net:
+        if any(fds.count(fd) > 1 for fd in net.fd or ()):
+            raise _at_odds("--net", net, ("fd",), "another interface has one of them too")
+
+
+def _net(net: "NetConfig") -> None:
+    if net.num_queues % 2:
+        raise _at_odds("--net", net, ("num_queues",), "receive and transmit queues make an even number")
+    if net.queue_size & (net.queue_size - 1):
+        raise _at_odds("--net", net, ("queue_size",), "a queue's size is a power of two")
+    if net.fd is not None:
+        if net.tap is not None:
+            raise _at_odds("--net", net, ("tap", "fd"), "one of tap and fd is enough")
+        if 2 * len(net.fd) != net.num_queues:
+            allowed = f"num_queues is twice the number of descriptors, {2 * len(net.fd)}"
+            raise _at_odds("--net", net, ("fd", "num_queues"), allowed)
+        if net.fd[0] <= STDERR:
+            raise _at_odds("--net", net, ("fd",), "0 to 2 are standard input, output and error")
+    if net.mask is not None and (":" in net.mask) != (":" in (net.ip or "")):
+        raise _at_odds("--net", net, ("ip", "mask"), "ip and mask are both of IPv4 or both of IPv6")
+
+
 def _page_size(memory: "MemoryConfig") -> int:
     """What the size is a multiple of: the least huge page where the host will choose."""
     return (memory.hugepage_size or HUGE_PAGE_SIZES[0]) if memory.hugepages else PAGE_SIZE
@@ -125,4 +157,4 @@ def _at_odds(option: str, struct: "Struct", keys: tuple[str, ...], allowed: str)
     return ConfigError(option, shown(format_struct(struct, *keys)), allowed)
 
 
-RULES = (_vcpus, _topology, _affinity, _huge_pages, _memory_size, _memory_origin, _payload, _terminals)
+RULES = (_vcpus, _topology, _affinity, _huge_pages, _memory_size, _memory_origin, _payload, _terminals, _nets)

@@ -4,6 +4,8 @@ A kind is shared by all fields that take it, and holds no value. ``read`` raises
 caller adds option, key and ``allowed``. In the API most kinds will look as in ``parse``'s result.
 """
 
+import os
+
 from pileus.config import units
 from pileus.config.grammar import quote, split, unquote
 
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pileus.config.declare import Struct
+
+HEX = frozenset("0123456789abcdef")
+FORBIDDEN_IN_NAMES = frozenset(b"\0/:% \t\n\v\f\r")
 
 
 class Kind:
@@ -97,6 +102,68 @@ class Path(Kind):
     def parse(self, text: str) -> str:
         if not text or "\0" in text:
             raise ValueError("no path")
+        return text
+
+
+class Interface(Kind):
+    """The name of a network interface."""
+
+    metavar = "NAME"
+    allowed = "an interface's name, 1 to 15 bytes without blanks, / : or %"
+
+    def parse(self, text: str) -> str:
+        raw = os.fsencode(text)
+        if not 1 <= len(raw) <= 15 or text in (".", "..") or not FORBIDDEN_IN_NAMES.isdisjoint(raw):
+            raise ValueError(f"{text!r} is no name of an interface")
+        return text
+
+
+class Mac(Kind):
+    """A MAC address that one interface can have; in lower case."""
+
+    metavar = "MAC"
+    allowed = "six bytes in hexadecimal, xx:xx:xx:xx:xx:xx, no multicast address and not all zero"
+
+    def parse(self, text: str) -> str:
+        parts = text.strip().lower().split(":")
+        if len(parts) != 6 or not all(len(part) == 2 and HEX.issuperset(part) for part in parts):
+            raise ValueError(f"{text!r} is no MAC address")
+        if int(parts[0], 16) & 1 or set(parts) == {"00"}:
+            raise ValueError(f"{text!r} is not the address of one interface")
+        return ":".join(parts)
+
+
+class Address(Kind):
+    """An IPv4 or IPv6 address."""
+
+    metavar = "IP"
+    allowed = "an IPv4 or IPv6 address"
+
+    def parse(self, text: str) -> str:
+        import _socket  # not socket, whose imports a start would wait for
+
+        text = text.strip()
+        try:
+            _socket.inet_pton(_socket.AF_INET6 if ":" in text else _socket.AF_INET, text)
+        except (OSError, UnicodeError):
+            raise ValueError(f"{text!r} is no IP address") from None
+        return text
+
+
+class Mask(Address):
+    """A network mask: ones, then zeroes."""
+
+    metavar = "MASK"
+    allowed = "a network mask such as 255.255.255.0, or ffff:ffff:ffff:ffff:: for IPv6"
+
+    def parse(self, text: str) -> str:
+        import _socket
+
+        text = super().parse(text)
+        family = _socket.AF_INET6 if ":" in text else _socket.AF_INET
+        bits = "".join(f"{byte:08b}" for byte in _socket.inet_pton(family, text))
+        if "01" in bits:
+            raise ValueError(f"{text!r} has a one after a zero")
         return text
 
 

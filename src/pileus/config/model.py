@@ -7,9 +7,14 @@ import os
 
 from pileus.config.declare import Struct, field
 from pileus.config.kinds import (
+    Address,
     Choice,
     Count,
+    Interface,
+    Mac,
+    Many,
     Mapping,
+    Mask,
     Nested,
     Path,
     Printable,
@@ -25,6 +30,11 @@ MAX_VCPUS = 4096  # no x86 kernel allows more (<asm/kvm_host.h>); what a host al
 MAX_HOST_CPUS = 8192  # CONFIG_NR_CPUS ends here
 CMDLINE_LIMIT = 65536  # bytes with the NUL, what the layout sets aside
 FD_MAX = (1 << 31) - 1
+FD_LIMIT = 1 << 20  # one more than the highest that Linux allows by default (fs.nr_open)
+MAX_PAIRS = 256  # queue pairs of a TAP (MAX_TAP_QUEUES)
+MAX_QUEUE_SIZE = 32768  # virtio 1.2, 2.7
+MIN_MTU, MAX_MTU = 68, 65521  # <linux/if_ether.h>, and what a TAP's driver allows
+ID_LIMIT = 128
 
 PATH, SIZE, SWITCH = Path(), Size(), Switch()
 FD = Count(0, FD_MAX)
@@ -128,12 +138,57 @@ class RngConfig(Struct):
     iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
 
 
+class NetConfig(Struct):
+    """A network interface, and the TAP or macvtap of the host behind it."""
+
+    tap: str | None = field(
+        Interface(), "TAP or macvtap of the host", default=None, default_help="a new TAP, vmtapN"
+    )
+    ip: str | None = field(
+        Address(),
+        "the host's address on it",
+        default=None,
+        default_help="192.168.249.1 for a TAP that pileus makes",
+    )
+    mask: str | None = field(
+        Mask(), "mask of that address", default=None, default_help="255.255.255.0, or 64 bits"
+    )
+    mac: str | None = field(Mac(), "the guest's MAC address", default=None, default_help="a random one, 2e:...")
+    host_mac: str | None = field(
+        Mac(), "the host's MAC address", default=None, default_help="chosen by the kernel"
+    )
+    mtu: int | None = field(
+        Count(MIN_MTU, MAX_MTU), "MTU of both sides", default=None, default_help="as it is on the host"
+    )
+    fd: list[int] | None = field(
+        Ranges(FD_LIMIT),
+        "inherited descriptors of a TAP instead, one per queue pair",
+        default=None,
+        wire="fds",
+    )
+    num_queues: int = field(
+        Count(2, 2 * MAX_PAIRS),
+        "receive and transmit queues together, so an even number",
+        factory=lambda net: 2 * len(net.fd or (0,)),
+        default_help="2, or two per fd",
+    )
+    queue_size: int = field(Count(2, MAX_QUEUE_SIZE), "descriptors of each, a power of two", default=256)
+    id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_netN")
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+    offload_csum: bool = field(SWITCH, "leave checksums, and so all offloads, to the host", default=True)
+    offload_tso: bool = field(SWITCH, "let large TCP packets through whole", default=True)
+    offload_ufo: bool = field(SWITCH, "let large UDP packets through whole", default=True)
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
     cpus: CpusConfig = field(Nested(CpusConfig), "vCPUs", factory=lambda _: CpusConfig())
     memory: MemoryConfig = field(Nested(MemoryConfig), "RAM", factory=lambda _: MemoryConfig())
     payload: PayloadConfig = field(Nested(PayloadConfig), "what to boot", factory=lambda _: PayloadConfig())
+    pci: bool = field(
+        SWITCH, "carry virtio devices on PCI; off: on virtio-mmio, for guests without PCI", default=True
+    )
     serial: SerialConfig = field(Nested(SerialConfig), "serial port", factory=lambda _: SerialConfig())
     console: ConsoleConfig = field(
         Nested(ConsoleConfig),
@@ -141,6 +196,7 @@ class VmConfig(Struct):
         factory=lambda vm: ConsoleConfig(mode="off" if vm.serial.mode == "tty" else "tty"),
     )
     rng: RngConfig = field(Nested(RngConfig), "entropy device", factory=lambda _: RngConfig())
+    net: list[NetConfig] = field(Many(NetConfig), "network interfaces", factory=lambda _: [])
 
 
 class ApiSocketConfig(Struct):

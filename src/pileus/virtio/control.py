@@ -148,6 +148,11 @@ class Control:
         if (queue := self.configurable()) is not None:
             queue.enabled = True
 
+    def disable_queue(self) -> None:
+        """Before DRIVER_OK a driver may think better of it."""
+        if (queue := self.queue) is not None and not self.status & status.DRIVER_OK:
+            queue.enabled = False
+
     def queue_address(self, which: str, high: bool) -> int:
         """Half of an address of ADDRESSES of the selected queue."""
         if (queue := self.queue) is None:

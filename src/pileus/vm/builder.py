@@ -1,6 +1,7 @@
 """Makes a VM of its configuration: the one place where the parts of a machine are wired together."""
 
 import os
+import select
 
 from pileus import log
 from pileus.arch.x86_64 import layout, mptable, msr, regs, reset_vector
@@ -19,6 +20,7 @@ from pileus.devices.rtc import Rtc
 from pileus.devices.serial import Serial
 from pileus.errors import ConfigError
 from pileus.memory import GuestMemory, backing
+from pileus.vm import devices
 from pileus.vm.vcpu import CRASH, POWER_OFF, RESET, Event, VcpuThread
 from pileus.vm.vm import Vm
 
@@ -29,19 +31,32 @@ if TYPE_CHECKING:
     from pileus.config.model import CpusConfig, VmConfig
     from pileus.console import Console
     from pileus.kvm import Kvm, Vcpu
+    from pileus.virtio.device import VirtioDevice
+    from pileus.vm.mmio_devices import MmioDevices
+    from pileus.vm.pci_devices import PciDevices
+    from pileus.vm.vm import Loop
 
+    Carrier = MmioDevices | PciDevices
+
+READABLE = select.EPOLLIN
 LAST_SHORT_APIC_ID = 254  # 255 addresses all; beyond, KVM and the guest must agree on 32 bits
 
 
-def build(config: "VmConfig", kvm: "Kvm", console: "Console | None", report: "Callable[[Event], None]") -> Vm:
+def build(
+    config: "VmConfig",
+    kvm: "Kvm",
+    console: "Console | None",
+    report: "Callable[[Event], None]",
+    loop: "Loop",
+) -> Vm:
     """A VM ready to start; nothing of it is left if this raises (PileusError).
 
     ``console`` is the far end of the serial port, None for no serial port. ``report`` gets what the guest
-    does to the VM as a whole, on a vCPU's thread.
+    does to the VM as a whole, on a vCPU's thread. ``loop`` serves the devices written in Python.
     """
     cleanup = Cleanup()
     try:
-        return _Builder(config, kvm, console, report, cleanup).build()
+        return _Builder(config, kvm, console, report, loop, cleanup).build()
     except BaseException:
         cleanup.close()
         raise
@@ -54,12 +69,14 @@ class _Builder:
         kvm: "Kvm",
         console: "Console | None",
         report: "Callable[[Event], None]",
+        loop: "Loop",
         cleanup: Cleanup,
     ) -> None:
         self.config = config
         self.kvm = kvm
         self.console = console
         self.report = report
+        self.loop = loop
         self.cleanup = cleanup
         self.ports = Bus("ports")
         self.mmio = Bus("mmio")
@@ -72,13 +89,14 @@ class _Builder:
         self._add_irqchip(long_apic_ids)
         self._add_devices()
         vcpus = self._add_vcpus(topology, long_apic_ids)
-        self._load(memory, vcpus[0], topology)
+        carrier = self._add_virtio_devices(memory)
+        self._load(memory, vcpus[0], topology, carrier)
         affinity = self.config.cpus.affinity or {}
         threads = [
             VcpuThread(index, vcpu, self.ports, self.mmio, self.report, affinity.get(index))
             for index, vcpu in enumerate(vcpus)
         ]
-        return Vm(memory, threads, self.cleanup)
+        return Vm(memory, threads, (self.ports, self.mmio), self.cleanup)
 
     def _add_memory(self) -> GuestMemory:
         memory = backing.allocate(self.config.memory, layout.ram_ranges(self.config.memory.size))
@@ -127,6 +145,37 @@ class _Builder:
         console.connect(serial)
         self.cleanup.call(console.disconnect)
 
+    def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
+        """Devices are made before what carries them, so that they outlive it on the way down."""
+        made = list(devices.make(self.config, self.cleanup))
+        carrier = self._carrier(memory)
+        for device in made:
+            carrier.add(device)
+            for index in device.python_queues:
+                self._serve(device, index)
+        return carrier
+
+    def _carrier(self, memory: GuestMemory) -> "Carrier":
+        if not self.config.pci:
+            from pileus.vm.mmio_devices import MmioDevices
+
+            return MmioDevices(self.vm, self.mmio, memory, self.cleanup)
+        from pileus.vm.pci_devices import PciDevices
+
+        above_4g = layout.pci_mmio_64bit(self.config.memory.size, self.phys_bits)
+        return PciDevices(self.vm, self.ports, self.mmio, memory, above_4g, self.cleanup)
+
+    def _serve(self, device: "VirtioDevice", index: int) -> None:
+        """Kicks of a queue that Python handles go to the control loop."""
+        fd = device.queues[index].kick_fd
+
+        def kicked(_events: int) -> None:
+            os.eventfd_read(fd)
+            device.kicked(index)
+
+        self.loop.watch(fd, READABLE, kicked)
+        self.cleanup.call(lambda: self.loop.unwatch(fd))
+
     def _add_vcpus(self, topology: Topology, long_apic_ids: bool) -> "list[Vcpu]":
         vcpus = [
             self.cleanup.own(self.vm.create_vcpu(topology.apic_id(index)))
@@ -140,6 +189,7 @@ class _Builder:
             max_phys_bits=self.config.cpus.max_phys_bits,
             long_apic_ids=long_apic_ids,
         )
+        self.phys_bits = template.phys_bits
         msrs = msr.boot_msrs()
         for index, vcpu in enumerate(vcpus):
             vcpu.set_cpuid(template.for_vcpu(index))
@@ -150,13 +200,15 @@ class _Builder:
             regs.wire_local_interrupts(vcpu)
         return vcpus
 
-    def _load(self, memory: GuestMemory, vcpu: "Vcpu", topology: Topology) -> None:
+    def _load(self, memory: GuestMemory, vcpu: "Vcpu", topology: Topology, carrier: "Carrier") -> None:
         """Kernel, boot data and tables into memory, and the boot vCPU to the kernel's entry."""
         payload = self.config.payload
-        entry = load(memory, payload.kernel or "", payload.cmdline, payload.initramfs)
+        cmdline = " ".join(filter(None, (payload.cmdline, *carrier.cmdline)))
+        entry = load(memory, payload.kernel or "", cmdline, payload.initramfs)
         boot, most = self.config.cpus.boot, self.config.cpus.max
         apic_ids = [topology.apic_id(index) for index in range(most)]
-        machine = Machine(apic_ids, boot, serial=self.console is not None)
+        serial = self.console is not None
+        machine = Machine(apic_ids, boot, serial=serial, devices=carrier.aml, mmconfig=carrier.mmconfig)
         for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]) + reset_vector.build():
             memory.write(gpa, table)
         pvh = entry.protocol == PVH

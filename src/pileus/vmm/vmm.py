@@ -82,7 +82,7 @@ class Vmm:
             untold.discard(event.kind)
             self._happened(vm, event)
 
-        vm = builder.build(self._config, self._kvm, self._console, report)
+        vm = builder.build(self._config, self._kvm, self._console, report, self.loop)
         self._vm = vm
         vm.start()
 
@@ -90,7 +90,8 @@ class Vmm:
         if (vm := self._vm) is not None:
             self._vm = None
             vm.stop()
-            log.info(f"exits to the VMM by KVM_EXIT number: {vm.exits}")
+            for line in vm.usage():
+                log.info(line)
             vm.close()
 
     def _happened(self, vm: "Vm | None", event: Event) -> None:

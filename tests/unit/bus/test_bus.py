@@ -1,6 +1,7 @@
 """Which device answers an address."""
 
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -128,6 +129,22 @@ def test_devices_come_and_go_while_others_look_them_up() -> None:
     assert wrong == []
 
 
+def test_a_device_that_moves_to_and_fro_takes_no_memory() -> None:
+    """A guest moves a BAR as often as it likes."""
+    bus, device = Bus("test"), Named(1)
+    for base in range(0, 640, 16):
+        bus.insert(1000 + base, 16, Named(2))
+
+    def pages() -> int:
+        for _ in range(2000):
+            bus.insert(0, 16, device)
+            bus.remove(0)
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    before = pages()
+    assert pages() - before < 100  # a table of 41 ranges is 1 KiB
+
+
 @pytest.mark.parametrize("size", [0, 9])
 def test_an_access_of_no_possible_size_is_refused(size: int) -> None:
     bus = Bus("test")
@@ -164,3 +181,16 @@ def test_what_a_device_raises_comes_out_once() -> None:
     with pytest.raises(ZeroDivisionError):
         bus.load(0, 1)
     assert bus.take_error() is None
+
+
+def test_a_bus_tells_how_often_a_device_was_used_and_for_how_long() -> None:
+    bus = Bus("ports")
+    used, idle = PythonDevice(), PythonDevice()
+    bus.insert(0x10, 4, used)
+    bus.insert(0x20, 4, idle)
+    for _ in range(3):
+        bus.load(0x11, 1)
+    bus.store(0x12, 1, 0)
+    ((base, device, accesses, nanoseconds),) = bus.usage
+    assert (base, device, accesses) == (0x10, used, 4)
+    assert nanoseconds > 0

@@ -62,9 +62,9 @@ def test_lists_and_required_keys_are_marked() -> None:
     assert "--disk VALUE... disks path=PATH the image (required)" in " ".join(text.split())
 
 
-def test_every_field_has_an_option_or_is_known_to_wait() -> None:
+def test_every_field_has_an_option() -> None:
     reached = {name for option in OPTIONS if option.target for name in _prefixes(option.target)}
-    assert _targets(VmmConfig, "") - reached == {"vm.rng"}  # the device does not exist yet
+    assert _targets(VmmConfig, "") <= reached
 
 
 def _prefixes(target: str) -> list[str]:

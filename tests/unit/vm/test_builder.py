@@ -44,6 +44,19 @@ def ignore(event: Event) -> None:
     pass
 
 
+class Idle:
+    """A control loop that serves nothing."""
+
+    def watch(self, fd: int, events: int, call: object) -> None:
+        pass
+
+    def unwatch(self, fd: int) -> None:
+        pass
+
+
+IDLE = Idle()
+
+
 class FailsAt:
     """Stands for ``real``, but its ``nth`` call, or that of what it makes, fails."""
 
@@ -69,12 +82,12 @@ class FailsAt:
 
 def test_each_step_that_fails_gives_everything_back(kvm: Kvm, config: VmConfig, console: Console) -> None:
     """Until a build meets no failure any more."""
-    build(config, kvm, console, ignore).close()
+    build(config, kvm, console, ignore, IDLE).close()
     before = tiny.held()
     for nth in range(1, 100):
         failing = FailsAt(kvm, nth)
         try:
-            build(config, failing, console, ignore).close()  # type: ignore[arg-type]
+            build(config, failing, console, ignore, IDLE).close()  # type: ignore[arg-type]
         except KvmError:
             assert tiny.held() == before, f"after {failing.calls}"
         else:
@@ -92,20 +105,20 @@ def test_a_payload_that_is_missing_gives_everything_back(
     before = tiny.held()
     setattr(config.payload, field, "/no/such/file")
     with pytest.raises(ConfigError, match=f"--{field} /no/such/file"):
-        build(config, kvm, console, ignore)
+        build(config, kvm, console, ignore, IDLE)
     assert tiny.held() == before
 
 
 def test_a_hundred_vms_leave_nothing(kvm: Kvm, config: VmConfig, console: Console) -> None:
-    build(config, kvm, console, ignore).close()
+    build(config, kvm, console, ignore, IDLE).close()
     before = tiny.held()
     for _ in range(100):
-        build(config, kvm, console, ignore).close()
+        build(config, kvm, console, ignore, IDLE).close()
     assert tiny.held() == before
 
 
 def test_a_vm_can_be_closed_twice_and_without_having_run(kvm: Kvm, config: VmConfig) -> None:
-    vm = build(config, kvm, None, ignore)
+    vm = build(config, kvm, None, ignore, IDLE)
     assert vm.memory.ranges == [(0, 16 << 20)]
     assert vm.exits == {}
     vm.close()
@@ -113,7 +126,7 @@ def test_a_vm_can_be_closed_twice_and_without_having_run(kvm: Kvm, config: VmCon
 
 
 def test_two_vms_are_built_side_by_side(kvm: Kvm, config: VmConfig) -> None:
-    first, second = build(config, kvm, None, ignore), build(config, kvm, None, ignore)
+    first, second = build(config, kvm, None, ignore, IDLE), build(config, kvm, None, ignore, IDLE)
     first.memory.write(0x300000, b"first")
     assert second.memory.read(0x300000, 5) == bytes(5)
     first.close()

@@ -27,6 +27,7 @@ from pileus.kvm._vcpu import (
 from pileus.vm.builder import build
 from pileus.vm.vcpu import CRASH, FAILURE, FAULT, POWER_OFF, RESET, Event, explain
 from pileus.vm.vm import Vm
+from pileus.vmm.loop import Loop
 from tests.unit import tiny
 
 PATIENCE = 20  # seconds
@@ -71,7 +72,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
         events: queue.Queue[Event] = queue.Queue()
         config = tiny.config(tmp_path, code, cpus=cpus)
         config.cpus.affinity = affinity
-        vms.append(build(config, kvm, None, events.put))
+        vms.append(build(config, kvm, None, events.put, Loop()))
         vms[-1].start()
         return vms[-1], events
 
@@ -153,6 +154,8 @@ def test_vcpus_that_wait_to_be_woken_can_be_stopped(run: Run) -> None:
     vm.stop()
     vm.stop()
     assert vm.exits[2] == 1  # KVM_EXIT_IO: the write to pvpanic
+    assert "port I/O: 1 exits" in vm.usage()
+    assert any(line.startswith("ports 0x505, PvPanic: 1 accesses") for line in vm.usage())
 
 
 def test_a_vcpu_that_has_ended_can_be_stopped(run: Run) -> None:

@@ -35,11 +35,14 @@ PCI_MMIO_32BIT = 0xC0000000
 PCI_MMIO_32BIT_SIZE = 640 * MIB
 PCI_MMCONFIG = 0xE8000000
 PCI_MMCONFIG_SIZE = 256 * MIB
+VIRTIO_MMIO = 0xFE000000  # a page of registers per device, where there is no PCI
+VIRTIO_MMIO_SIZE = 4 * MIB
 IOAPIC = 0xFEC00000
 LOCAL_APIC = 0xFEE00000
 KVM_IDENTITY_MAP = 0xFFFBC000  # one page, used by KVM on Intel only
 KVM_TSS = 0xFFFBD000  # three pages, likewise
 RAM_64BIT = 4 * GIB  # RAM beyond 3 GiB goes on here; devices live above its end
+PCI_MMIO_64BIT_MAX_BITS = 46  # no address beyond: what every host with that many, or more, can map
 
 # Ports.
 PORT_I8042 = 0x60  # 0x60 to 0x64; 0x61 is the NMI status port
@@ -48,6 +51,7 @@ PORT_DEBUG = 0x80
 PORT_COM1 = 0x3F8
 PORT_POWER = 0x3C0  # ACPI sleep control, sleep status and reset register in one
 PORT_PVPANIC = 0x505
+PORT_PCI, PORT_PCI_SIZE = 0xCF8, 8  # configuration space: address, data
 
 # GSIs: the IOAPIC has pins 0 to 23, message-signalled interrupts come after.
 IOAPIC_PINS = 24
@@ -61,3 +65,19 @@ def ram_ranges(size: int) -> list[tuple[int, int]]:
     if size <= RAM_32BIT_END:
         return [(0, size)]
     return [(0, RAM_32BIT_END), (RAM_64BIT, size - RAM_32BIT_END)]
+
+
+def pci_mmio_64bit(ram_size: int, phys_bits: int) -> tuple[int, int] | None:
+    """The (GPA, bytes) for 64-bit BARs: from above RAM up to the end of what a guest can address.
+
+    It starts at a multiple of 64 GiB or, in the small address spaces of some CPUs, at one of 4 GiB. None
+    where RAM leaves no room at all.
+    """
+    base, size = ram_ranges(ram_size)[-1]
+    ram_end = max(base + size, RAM_64BIT)
+    end = 1 << min(phys_bits, PCI_MMIO_64BIT_MAX_BITS)
+    for alignment in (64 * GIB, 4 * GIB):
+        start = -(-ram_end // alignment) * alignment
+        if start < end:
+            return start, end - start
+    return None
