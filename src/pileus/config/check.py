@@ -117,6 +117,12 @@ def _terminal(option: str, terminal: "SerialConfig") -> None:
             raise ConfigError(option, shown(f"{terminal.mode},{key}={path}"), allowed)
 
 
+def _balloon(vm: "VmConfig") -> None:
+    if vm.balloon is not None and vm.balloon.size > vm.memory.size:
+        allowed = f"the guest has {format_size(vm.memory.size)}"
+        raise _at_odds("--balloon", vm.balloon, ("size",), allowed)
+
+
 def _nets(vm: "VmConfig") -> None:
     for net in vm.net:
         _net(net)
@@ -157,4 +163,15 @@ def _at_odds(option: str, struct: "Struct", keys: tuple[str, ...], allowed: str)
     return ConfigError(option, shown(format_struct(struct, *keys)), allowed)
 
 
-RULES = (_vcpus, _topology, _affinity, _huge_pages, _memory_size, _memory_origin, _payload, _terminals, _nets)
+RULES = (
+    _vcpus,
+    _topology,
+    _affinity,
+    _huge_pages,
+    _memory_size,
+    _memory_origin,
+    _payload,
+    _terminals,
+    _balloon,
+    _nets,
+)
