@@ -1,4 +1,4 @@
-"""Stock Debian kernels to boot: ``scripts/guests [SUITE]… [--refresh]``.
+"""Stock Debian kernels to boot, and a system: ``scripts/guests [SUITE]… [system] [--refresh]``.
 
 Each suite has a folder in .cache/guests:
 
@@ -12,7 +12,9 @@ vmlinux             trixie only: the ELF file inside the bzImage
 vmlinux-nopvh       trixie only: the same with its PVH note disabled
 ==================  ==========================================================================
 
-``host`` is the kernel of the emulated machine that scripts/nested makes, a tree with boot/ and lib/modules.
+``tools.cpio`` beside them is to be appended to an initramfs: e2fsprogs, with its libraries. ``host`` is the
+kernel of the emulated machine that scripts/nested makes, a tree with boot/ and lib/modules. ``system`` is a
+Debian 13 on a disk: see support/system.py.
 What the cache has is kept, so that all works off line; --refresh asks for newer packages.
 """
 
@@ -26,6 +28,7 @@ from support.host import CACHE, ScriptError, digest, only_one, run, say
 
 GUESTS = CACHE / "guests"
 SUITES = ("bullseye", "bookworm", "trixie", "sid")
+OTHERS = ("host", "system")
 META_PACKAGE = "linux-image-cloud-amd64"
 ELF_SUITE = "trixie"
 # The cloud kernels have no 9p, over which the emulated machine reads its root file system.
@@ -35,17 +38,23 @@ HOST_SUITE, HOST_PACKAGE = "bookworm", "linux-image-amd64"
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/guests", description="fetch stock Debian kernels to boot")
     parser.add_argument(
-        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} or host (default: all four)"
+        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}, host or system (default: all four)"
     )
     parser.add_argument(
         "--refresh", action="store_true", help="look for newer packages than those in .cache/guests"
     )
     options = parser.parse_args(arguments)
     for suite in options.suites:
-        if suite not in (*SUITES, "host"):
-            parser.error(f"{suite}: a suite is one of {', '.join(SUITES)}, host")
-    apt.install(["busybox-static", "kmod", "xz-utils", "zstd"])
-    absent = fetch(tuple(s for s in options.suites if s != "host") or SUITES, refresh=options.refresh)
+        if suite not in (*SUITES, *OTHERS):
+            parser.error(f"{suite}: a suite is one of {', '.join((*SUITES, *OTHERS))}")
+    from support import setup, system
+
+    apt.install(setup.PACKAGES["guest"])
+    kernels = tuple(suite for suite in options.suites if suite not in OTHERS)
+    absent = fetch(kernels if options.suites else SUITES, refresh=options.refresh)
+    if "system" in options.suites:
+        apt.install(setup.PACKAGES["system"])
+        system.build(refresh=options.refresh)
     if "host" in options.suites:
         fetch_host_kernel(refresh=options.refresh)
     return 1 if absent else 0
@@ -54,6 +63,8 @@ def main(arguments: list[str]) -> int:
 def fetch(suites: tuple[str, ...] = SUITES, *, refresh: bool = False) -> list[str]:
     """Bring the kernels of ``suites`` into the cache; return those that could not be had."""
     with only_one("guests"):
+        GUESTS.mkdir(parents=True, exist_ok=True)
+        (GUESTS / "tools.cpio").write_bytes(initramfs.tools())
         return [suite for suite in suites if not _fetch_suite(suite, refresh)]
 
 

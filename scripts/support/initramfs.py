@@ -6,6 +6,7 @@ The same input gives the same bytes.
 
 import lzma
 import os
+import re
 import stat
 import subprocess
 import tempfile
@@ -16,7 +17,12 @@ from support.host import ScriptError, run
 
 BUSYBOX = Path("/bin/busybox")
 GUEST = Path(__file__).parent / "guest"
-MODULES = ["pvpanic", "pvpanic-mmio", "pvpanic-pci"]  # those a kernel has; 5.10 keeps all in pvpanic
+# Those of them that a kernel has: 5.10 keeps all of pvpanic in one, 6.12 has virtio_pci and hvc built in.
+MODULES = [
+    "pvpanic", "pvpanic-mmio", "pvpanic-pci", "virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net",
+    "virtio_console", "virtio_rng", "virtio_balloon",
+]  # fmt: skip
+TOOLS = ["/sbin/mke2fs", "/sbin/e2fsck"]  # e2fsprogs is on every Debian; busybox's mke2fs makes no ext4
 APPLETS = GUEST / "applets"  # those of busybox that the guest has as commands
 
 
@@ -33,6 +39,20 @@ def build(modules: Path, release: str) -> bytes:
     for script in ("report", "tell"):
         archive.file(f"bin/{script}", (GUEST / script).read_bytes(), 0o755)
     add_modules(archive, modules, release, MODULES)
+    return archive.finish()
+
+
+def tools() -> bytes:
+    """Return a cpio archive to append to any of these: ``TOOLS``, with the libraries they load."""
+    archive, libraries = Cpio(), set[str]()
+    for tool in TOOLS:
+        archive.file(f"bin/{Path(tool).name}", Path(tool).read_bytes(), 0o755)
+        libraries.update(re.findall(r"(/\S+) \(0x", run(["ldd", tool])))
+    folders = {str(folder) for name in libraries for folder in Path(name).parents if folder != Path("/")}
+    for folder in sorted(folders):
+        archive.directory(folder[1:])
+    for name in sorted(libraries):
+        archive.file(name[1:], Path(name).read_bytes(), 0o755)
     return archive.finish()
 
 

@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--copy", action="append", default=[], metavar="PATH",
                         help="hold this file or folder in memory there: for what is read a lot")  # fmt: skip
+    parser.add_argument("--disk", action="append", default=[], metavar="IMAGE=DIR",
+                        help="mount this XFS image there; what is changed is forgotten")  # fmt: skip
     parser.add_argument(
         "--module", action="append", default=[], metavar="NAME", help="load this kernel module first"
     )
@@ -69,6 +71,10 @@ def main(arguments: list[str]) -> int:
         timeout=options.timeout,
         write=[Path(name).resolve() for name in options.write],
         copy=[Path(name).resolve() for name in options.copy],
+        disks=[
+            (Path(image).resolve(), Path(folder).resolve())
+            for image, _, folder in (text.partition("=") for text in options.disk)
+        ],
         modules=options.module,
         machine=options.machine,
         qemu=[word for text in options.qemu for word in shlex.split(text)],
@@ -86,6 +92,7 @@ def run_nested(
     timeout: float | None = None,
     write: list[Path] | None = None,
     copy: list[Path] | None = None,
+    disks: list[tuple[Path, Path]] | None = None,
     modules: list[str] | None = None,
     machine: str = "q35",
     qemu: list[str] | None = None,
@@ -102,7 +109,7 @@ def run_nested(
     if verbose:
         say(f"nested: {kvm_flavour()}; emulating a machine")
     kernel, base = _boot_files()
-    mounts, devices = _mounts(write or [], copy or [])
+    mounts, devices = _mounts(write or [], copy or [], disks or [])
     archive = initramfs.Cpio()
     archive.file("mounts", mounts.encode(), 0o644)
     for path in copy or []:
@@ -170,7 +177,7 @@ def _base_archive(image: Path) -> bytes:
     return archive.finish()
 
 
-def _mounts(write: list[Path], copy: list[Path]) -> tuple[str, list[str]]:
+def _mounts(write: list[Path], copy: list[Path], disks: list[tuple[Path, Path]]) -> tuple[str, list[str]]:
     """Return the shell lines that mount what was asked for, and QEMU's options for it."""
     lines = [f"mount --bind /root{shlex.quote(str(guests.GUESTS / 'host/lib/modules'))} /root/lib/modules"]
     devices = []
@@ -181,6 +188,15 @@ def _mounts(write: list[Path], copy: list[Path]) -> tuple[str, list[str]]:
         target = shlex.quote(f"/root{folder}")
         lines.append(f"mkdir -p {target}")
         lines.append(f"mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,access=any {tag} {target}")
+    if disks:
+        lines.append("chroot /root /sbin/modprobe -a virtio_blk xfs")
+    for number, (image, folder) in enumerate(disks):
+        # What is written goes to a file without a name, by way of the host's memory.
+        drive = f"file={image},format=raw,if=none,id=disk{number},snapshot=on,cache=unsafe,discard=unmap"
+        devices += ["-drive", drive, "-device", f"virtio-blk-pci,drive=disk{number}"]
+        target = shlex.quote(f"/root{folder}")
+        lines.append(f"mkdir -p {target}")
+        lines.append(f"mount -t xfs -o noatime,nouuid /dev/vd{chr(ord('a') + number)} {target}")
     for path in copy:
         # From the initramfs, which the emulator hands over whole: over 9p 50 MB take five seconds.
         lines.append(f"mount --bind {shlex.quote(f'/copy{path}')} {shlex.quote(f'/root{path}')}")

@@ -153,7 +153,9 @@ class NetConfig(Struct):
     mask: str | None = field(
         Mask(), "mask of that address", default=None, default_help="255.255.255.0, or 64 bits"
     )
-    mac: str | None = field(Mac(), "the guest's MAC address", default=None, default_help="a random one, 2e:...")
+    mac: str | None = field(
+        Mac(), "the guest's MAC address", default=None, default_help="that of a macvtap, else a random one"
+    )
     host_mac: str | None = field(
         Mac(), "the host's MAC address", default=None, default_help="chosen by the kernel"
     )

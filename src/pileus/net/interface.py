@@ -5,12 +5,11 @@ Plain ioctls of this process's network namespace; each needs CAP_NET_ADMIN there
 Source: netdevice(7), ipv6(7) and <linux/sockios.h>
 """
 
+import _socket  # socket itself would import enum, which every start would wait for
 import errno
 import fcntl
 import os
 import struct
-
-import _socket  # socket itself would import enum, which every start would wait for
 
 from pileus.errors import HostError
 

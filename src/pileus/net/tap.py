@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DEVICE = "/dev/net/tun"
 PATTERN = "vmtap%d"  # the kernel puts the lowest free number in
 HEADER_SIZE = 12  # bytes before each frame
-MAX_QUEUES = 256  # of one TAP: MAX_TAP_QUEUES
+TUN_NUMBER = os.makedev(10, 200)  # of DEVICE, <linux/miscdevice.h>
 
 TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
@@ -93,8 +93,8 @@ class Tap:
     def set_filter(self, addresses: "Sequence[bytes] | None", *, all_multicast: bool = False) -> bool:
         """Give the guest only frames for ``addresses``; all where that is None. False: this kind cannot.
 
-        The kernel keeps a hash of multicast addresses, so a few more may pass; it gives up, and all pass, where
-        more than eight unicast ones are asked for.
+        The kernel keeps a hash of multicast addresses, so a few more may pass; where more than eight unicast
+        ones are asked for it gives up, and all pass.
         """
         if self.macvtap:
             return False
@@ -120,7 +120,7 @@ class Tap:
 
 
 def open_tap(name: str | None, queues: int) -> Tap:
-    """Make the TAP ``name``, or open it if there is one; with no name one that no other has. Raises HostError."""
+    """The TAP ``name``, made if there is none; with no name a new one. Raises HostError."""
     made = name is None
     if name is not None:
         with Interface(name) as interface:
@@ -266,10 +266,10 @@ def _name_behind(fd: int) -> tuple[str, bool, int]:
     """The name, whether it is a macvtap, and the flags of the interface that ``fd`` is a queue of."""
     try:
         answer = fcntl.ioctl(fd, TUNGETIFF, bytes(IFREQ))
-        path = os.readlink(f"/proc/self/fd/{fd}")
+        number = os.fstat(fd).st_rdev
     except OSError as error:
         text = "it is not open" if error.errno == errno.EBADF else "it is no TAP"
         raise HostError("use", f"fd {fd}", text) from error
     name, flags = struct.unpack_from("=16sH", answer)
     decoded = name.partition(b"\0")[0].decode(errors="surrogateescape")
-    return decoded, path != DEVICE, flags
+    return decoded, number != TUN_NUMBER, flags

@@ -1,5 +1,6 @@
 """Hypothesis strategies for every kind and every struct, derived from the model's own declaration."""
 
+from ipaddress import IPv4Address
 from typing import Any
 
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ ARGUMENTS = st.text(st.characters(exclude_characters="\0", codec=None), max_size
 PRINTABLE = st.characters(min_codepoint=0x20, max_codepoint=0x7E)
 
 
-def of_kind(kind: kinds.Kind) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - a table with types for keys
+def of_kind(kind: kinds.Kind) -> st.SearchStrategy[Any]:  # noqa: PLR0911, PLR0912 - a table with types for keys
     """Values that ``kind`` can write."""
     match kind:
         case kinds.Mapping(key=key, value=value):
@@ -30,6 +31,14 @@ def of_kind(kind: kinds.Kind) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - a ta
             return st.integers(0, (1 << 64) - 1)
         case kinds.Switch():
             return st.booleans()
+        case kinds.Interface():
+            return st.from_regex(r"[A-Za-z][A-Za-z0-9_.-]{0,14}", fullmatch=True)
+        case kinds.Mac():
+            return st.binary(min_size=5, max_size=5).map(lambda rest: (b"\x2e" + rest).hex(":"))
+        case kinds.Mask():
+            return st.integers(0, 32).map(lambda ones: str(IPv4Address((1 << 32) - (1 << 32 - ones))))
+        case kinds.Address():
+            return st.ip_addresses().map(str)
         case kinds.Path():
             return ARGUMENTS.filter(bool)
         case kinds.Printable(limit=limit):

@@ -12,6 +12,7 @@ from pileus.config.model import (
     ConsoleConfig,
     CpusConfig,
     MemoryConfig,
+    NetConfig,
     PayloadConfig,
     SerialConfig,
     VmConfig,
@@ -33,7 +34,12 @@ GOOD = [
     VmConfig(payload=PayloadConfig(kernel="/k", cmdline="a", initramfs="/i")),
     VmConfig(serial=SerialConfig(mode="tty")),
     VmConfig(serial=SerialConfig(mode="file", file="/a"), console=ConsoleConfig(mode="socket", socket="/b")),
+    VmConfig(net=[NetConfig(), NetConfig()]),
+    VmConfig(net=[NetConfig(tap="a", num_queues=4), NetConfig(tap="b", mask="255.0.0.0")]),
+    VmConfig(net=[NetConfig(fd=[3, 4]), NetConfig(fd=[5], num_queues=2)]),
+    VmConfig(net=[NetConfig(ip="fd00::1", mask="ffff::")]),
 ]
+MAC = "2e:00:00:00:00:01"
 BAD = {
     "--cpus boot=4,max=2: boot may be at most max": VmConfig(cpus=CpusConfig(boot=4, max=2)),
     "--cpus max=4,topology=1:2:1:1: the topology's product (2) must equal max (4)": VmConfig(
@@ -86,6 +92,28 @@ BAD = {
     ),
     "--serial file,socket=/b: only one of file and socket= is possible": VmConfig(
         serial=SerialConfig(mode="file", file="/a", socket="/b")
+    ),
+    "--net num_queues=3: receive and transmit queues make an even number": VmConfig(
+        net=[NetConfig(num_queues=3)]
+    ),
+    "--net queue_size=100: a queue's size is a power of two": VmConfig(net=[NetConfig(queue_size=100)]),
+    "--net tap=a,fd=[3]: one of tap and fd is enough": VmConfig(net=[NetConfig(tap="a", fd=[3])]),
+    "--net fd=[3,4],num_queues=2: num_queues is twice the number of descriptors, 4": VmConfig(
+        net=[NetConfig(fd=[3, 4], num_queues=2)]
+    ),
+    "--net fd=[2]: 0 to 2 are standard input, output and error": VmConfig(net=[NetConfig(fd=[2])]),
+    "--net ip=fd00::1,mask=255.0.0.0: ip and mask are both of IPv4 or both of IPv6": VmConfig(
+        net=[NetConfig(ip="fd00::1", mask="255.0.0.0")]
+    ),
+    "--net tap=a: another interface has this tap already": VmConfig(
+        net=[NetConfig(tap="a"), NetConfig(), NetConfig(tap="a")]
+    ),
+    "--net id=a: another interface has this id already": VmConfig(net=[NetConfig(id="a"), NetConfig(id="a")]),
+    f"--net mac={MAC}: another interface has this mac already": VmConfig(
+        net=[NetConfig(mac=MAC), NetConfig(mac=MAC)]
+    ),
+    "--net fd=[3,4]: another interface has one of them too": VmConfig(
+        net=[NetConfig(fd=[3, 4]), NetConfig(fd=[4, 5])]
     ),
 }
 

@@ -12,6 +12,7 @@ from pileus.config.model import (
     ConsoleConfig,
     CpusConfig,
     MemoryConfig,
+    NetConfig,
     RngConfig,
     SerialConfig,
 )
@@ -19,7 +20,7 @@ from pileus.errors import ConfigError
 
 from .strategies import ARGUMENTS, of_struct
 
-STRUCTS = [CpusConfig, MemoryConfig, SerialConfig, ConsoleConfig, RngConfig, ApiSocketConfig]
+STRUCTS = [CpusConfig, MemoryConfig, SerialConfig, ConsoleConfig, RngConfig, NetConfig, ApiSocketConfig]
 
 
 class Disk(Struct):

@@ -2,7 +2,21 @@
 
 import pytest
 
-from pileus.config.kinds import Choice, Count, Kind, Mapping, Path, Printable, Ranges, Times, Tuple
+from pileus.config.kinds import (
+    Address,
+    Choice,
+    Count,
+    Interface,
+    Kind,
+    Mac,
+    Mapping,
+    Mask,
+    Path,
+    Printable,
+    Ranges,
+    Times,
+    Tuple,
+)
 
 TOPOLOGY = Tuple("threads", "cores", high=8)
 CPUS = Ranges(16)
@@ -20,6 +34,14 @@ READ: list[tuple[Kind, str, object]] = [
     (CPUS, "[8,0-2,1]", [0, 1, 2, 8]),
     (AFFINITY, "[0@[0-3],1@[2,4]]", {0: [0, 1, 2, 3], 1: [2, 4]}),
     (AFFINITY, "[2@7]", {2: [7]}),
+    (Interface(), "vmtap0", "vmtap0"),
+    (Interface(), "a" * 15, "a" * 15),
+    (Mac(), "2E:00:ff:0a:B0:01", "2e:00:ff:0a:b0:01"),
+    (Address(), "192.168.249.1", "192.168.249.1"),
+    (Address(), "fd00::1", "fd00::1"),
+    (Mask(), "255.255.255.0", "255.255.255.0"),
+    (Mask(), "0.0.0.0", "0.0.0.0"),
+    (Mask(), "ffff:ffff::", "ffff:ffff::"),
 ]
 REFUSED: list[tuple[Kind, str]] = [
     *((Count(1, 3), text) for text in ("", "0", "4", "-1", "x", "1.0")),
@@ -35,6 +57,14 @@ REFUSED: list[tuple[Kind, str]] = [
         (AFFINITY, text)
         for text in ("", "[]", "0@1", "[0]", "[0@1@2]", "[4@1]", "[0@1,0@2]", "[0@[1]", "[0@1,]")
     ),
+    *((Interface(), text) for text in ("", "a" * 16, "é" * 8, "a b", "a/b", "..", "vmtap%d", "a\0")),
+    *(
+        (Mac(), text)
+        for text in ("", "2e:00:00:00:00", "2e:00:00:00:00:0g", "2e-00-00-00-00-00", "1:2:3:4:5:6")
+    ),
+    *((Mac(), text) for text in ("01:00:5e:00:00:01", "ff:ff:ff:ff:ff:ff", "00:00:00:00:00:00")),
+    *((Address(), text) for text in ("", "192.168.1", "1.2.3.256", "fd00::g", "host", "1.2.3.4/24", "é")),
+    *((Mask(), text) for text in ("", "255.0.255.0", "0.0.0.1", "24", "ffff::1")),
 ]
 
 

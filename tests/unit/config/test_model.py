@@ -6,6 +6,7 @@ import pytest
 
 from pileus.config import model
 from pileus.config.declare import Struct
+from pileus.config.grammar import parse
 
 STRUCTS = [value for value in vars(model).values() if isinstance(value, type) and issubclass(value, Struct)]
 
@@ -16,6 +17,16 @@ def test_the_defaults_are_the_reference_s() -> None:
     assert (vm.memory.size, vm.memory.file, vm.memory.shared, vm.memory.thp) == (512 << 20, None, False, True)
     assert (vm.payload.kernel, vm.payload.cmdline, vm.payload.initramfs) == (None, "", None)
     assert (vm.serial.mode, vm.console.mode, vm.rng.src) == ("null", "tty", "/dev/urandom")
+
+
+def test_an_interface_has_a_queue_pair_for_each_descriptor() -> None:
+    assert model.NetConfig().num_queues == 2
+    assert model.NetConfig(fd=[3, 4]).num_queues == 4
+    assert model.NetConfig(num_queues=8).num_queues == 8
+
+
+def test_the_reference_s_empty_keys_are_defaults() -> None:
+    assert parse(model.NetConfig, "--net", "tap=,mac=,ip=,mask=") == model.NetConfig()
 
 
 def test_max_follows_boot() -> None:

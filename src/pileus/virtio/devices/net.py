@@ -299,7 +299,7 @@ class Net(VirtioDevice):
 COUNTERS = ("rx_packets", "rx_bytes", "rx_dropped", "tx_packets", "tx_bytes", "tx_dropped")
 PROMISCUOUS, ALL_MULTICAST, ALL_UNICAST, NO_MULTICAST, NO_UNICAST, NO_BROADCAST = range(6)
 RX_MODES = range(6)
-COMMANDS: "dict[tuple[int, int], tuple[Any, int]]" = {  # (class, command) -> what obeys it, the feature it needs
+COMMANDS: "dict[tuple[int, int], tuple[Any, int]]" = {  # (class, command) -> who obeys, the feature it takes
     (0, PROMISCUOUS): (Net._set_rx_mode, CTRL_RX),
     (0, ALL_MULTICAST): (Net._set_rx_mode, CTRL_RX),
     (0, ALL_UNICAST): (Net._set_rx_mode, CTRL_RX_EXTRA),
