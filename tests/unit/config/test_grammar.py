@@ -9,6 +9,7 @@ from pileus.config.declare import Struct, field
 from pileus.config.kinds import Count, Kind, Nested, Path, Printable, Size, Switch
 from pileus.config.model import (
     ApiSocketConfig,
+    BalloonConfig,
     ConsoleConfig,
     CpusConfig,
     MemoryConfig,
@@ -20,7 +21,16 @@ from pileus.errors import ConfigError
 
 from .strategies import ARGUMENTS, of_struct
 
-STRUCTS = [CpusConfig, MemoryConfig, SerialConfig, ConsoleConfig, RngConfig, NetConfig, ApiSocketConfig]
+STRUCTS = [
+    CpusConfig,
+    MemoryConfig,
+    SerialConfig,
+    ConsoleConfig,
+    RngConfig,
+    NetConfig,
+    BalloonConfig,
+    ApiSocketConfig,
+]
 
 
 class Disk(Struct):

@@ -197,7 +197,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_the_port_hears_of_the_size_when_it_is_connected_and_when_it_changes(bench: Bench) -> None:
     class Sized(Console):
-        size = (80, 25)  # type: ignore[assignment]
+        size = (80, 25)
 
     with Sized() as console:
         bench.serve(console)

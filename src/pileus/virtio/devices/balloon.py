@@ -1,7 +1,7 @@
 """virtio-balloon: the guest gives memory back to the host, which takes and returns it page by page.
 
-The queues are numbered without gaps: statistics and reporting have one if the driver accepted the feature. That
-is what drivers and devices do, whatever 5.5.2 says.
+The queues are numbered without gaps: statistics and reporting have one if the driver accepted the feature.
+That is what drivers and devices do, whatever 5.5.2 says.
 
 Source: virtio 1.2, 5.5 (Traditional Memory Balloon Device)
 """
