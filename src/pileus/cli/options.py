@@ -34,10 +34,11 @@ GROUPS = {
         Option("--pci", "vm.pci"),
     ),
     "Devices": (
+        Option("--disk", "vm.disks", LIST),
         Option("--net", "vm.net", LIST),
         Option("--rng", "vm.rng"),
+        Option("--balloon", "vm.balloon"),
     ),
-    "Devices": (Option("--disk", "vm.disks", LIST),),
     "Terminals of the guest": (
         Option("--serial", "vm.serial"),
         Option("--console", "vm.console"),

@@ -117,6 +117,12 @@ def _terminal(option: str, terminal: "SerialConfig") -> None:
             raise ConfigError(option, shown(f"{terminal.mode},{key}={path}"), allowed)
 
 
+def _balloon(vm: "VmConfig") -> None:
+    if vm.balloon is not None and vm.balloon.size > vm.memory.size:
+        allowed = f"the guest has {format_size(vm.memory.size)}"
+        raise _at_odds("--balloon", vm.balloon, ("size",), allowed)
+
+
 def _nets(vm: "VmConfig") -> None:
     for net in vm.net:
         _net(net)
@@ -178,5 +184,6 @@ RULES = (
     _payload,
     _terminals,
     _disks,
+    _balloon,
     _nets,
 )

@@ -208,6 +208,19 @@ class DiskConfig(Struct):
     )
 
 
+class BalloonConfig(Struct):
+    """Memory that the guest is asked to give back."""
+
+    size: int = field(SIZE, "how much, at first", default=0)
+    deflate_on_oom: bool = field(
+        SWITCH, "let the guest take it back rather than run out of memory", default=False
+    )
+    free_page_reporting: bool = field(
+        SWITCH, "let the guest tell of pages that it does not use, for the host to have", default=False
+    )
+    statistics: bool = field(SWITCH, "let the guest tell how it uses its memory", default=False)
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
@@ -221,10 +234,13 @@ class VmConfig(Struct):
     serial: SerialConfig = field(Nested(SerialConfig), "serial port", factory=lambda _: SerialConfig())
     console: ConsoleConfig = field(
         Nested(ConsoleConfig),
-        "virtio console, whose device is still to come; off by itself where --serial is tty",
+        "virtio console; off by itself where --serial is tty",
         factory=lambda vm: ConsoleConfig(mode="off" if vm.serial.mode == "tty" else "tty"),
     )
     rng: RngConfig = field(Nested(RngConfig), "entropy device", factory=lambda _: RngConfig())
+    balloon: BalloonConfig | None = field(
+        Nested(BalloonConfig), "memory balloon", default=None, default_help="none"
+    )
     net: list[NetConfig] = field(Many(NetConfig), "network interfaces", factory=lambda _: [])
 
 

@@ -9,6 +9,7 @@ from pileus.config.declare import Struct, field
 from pileus.config.kinds import Count, Kind, Nested, Path, Printable, Size, Switch
 from pileus.config.model import (
     ApiSocketConfig,
+    BalloonConfig,
     ConsoleConfig,
     CpusConfig,
     DiskConfig,
@@ -29,6 +30,7 @@ STRUCTS = [
     RngConfig,
     NetConfig,
     DiskConfig,
+    BalloonConfig,
     ApiSocketConfig,
 ]
 
