@@ -345,11 +345,7 @@ def _addresses(data: bytes) -> "tuple[list[bytes] | None, bytes | None]":
 def open_net(config: "NetConfig", index: int) -> Net:
     """The device that ``config`` describes, the VM's ``index``-th. Raises HostError, and nothing is left."""
     name = config.id or f"_net{index}"
-    tap = (
-        taps.adopt([os.dup(fd) for fd in config.fd])
-        if config.fd
-        else taps.open_tap(config.tap, config.num_queues // 2)
-    )
+    tap = taps.adopt(config.fd) if config.fd else taps.open_tap(config.tap, config.num_queues // 2)
     try:
         mtu = _set_up(tap, config)
         return Net(
