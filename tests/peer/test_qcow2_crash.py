@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pileus.testing._image import ImageDriver
-from tests.peer.qemu_img import check, needs_qemu_img, qemu_img
+from tests.peer.qemu_img import check, memory_folder, needs_qemu_img, qemu_img
 from tests.unit.block.model import SECTOR, Model
 from tests.unit.block.opening import open_image
 
@@ -114,6 +114,11 @@ def pieces(kind: str, offset: int, length: int, data: bytes) -> Iterator[tuple[s
         return
     for at in range(0, length, SECTOR):
         yield kind, offset + at, min(SECTOR, length - at), data[at : at + SECTOR]
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    yield from memory_folder(tmp_path)
 
 
 @pytest.fixture(scope="module")

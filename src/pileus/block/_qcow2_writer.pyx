@@ -47,6 +47,7 @@ cdef extern from "<unistd.h>" nogil:
 cdef enum:
     CHUNK = 64 << 10            # bytes copied at a time
     WAITING_MAX = 64 << 20      # bytes given up before tables are written back to have them
+    TURN = 1024                 # clusters given up before another writer may have its turn
     HEADER_FEATURES = 72        # of the header: u64 incompatible_features
     FEATURE_CORRUPT = 2
 
@@ -384,7 +385,7 @@ cdef class Qcow2Writer(Qcow2Image):
         """Give up the whole clusters of a range; ``zero``: they must read as zeroes then."""
         cdef uint64_t mask = (<uint64_t>1 << self.cluster_bits) - 1, end = offset + length
         cdef uint64_t cluster = (offset + mask) >> self.cluster_bits, last = end >> self.cluster_bits
-        cdef uint64_t table = <uint64_t>1 << self._mapping.table_bits
+        cdef uint64_t table = <uint64_t>1 << self._mapping.table_bits, turn
         cdef bint behind
         cdef int rc = 0
         if end == self.size:
@@ -392,7 +393,8 @@ cdef class Qcow2Writer(Qcow2Image):
         while cluster < last and rc == 0:
             pthread_mutex_lock(&self._writer)
             rc = self._writable()
-            while cluster < last and rc == 0:
+            turn = min(last, cluster + TURN)
+            while cluster < turn and rc == 0:
                 behind = cluster << self.cluster_bits < self._backed()
                 if not self._mapping.l1_entry(cluster) and not (zero and behind):
                     cluster = (cluster | (table - 1)) + 1
