@@ -82,7 +82,7 @@ class Tap:
 
     def set_attached(self, index: int, attached: bool) -> None:
         """Whether the host puts frames into queue ``index`` of a TAP with more than one."""
-        if len(self.fds) == 1 or self._attached[index] == attached or self.macvtap:
+        if len(self.fds) == 1 or self._attached[index] == attached:
             return
         flags = IFF_ATTACH_QUEUE if attached else IFF_DETACH_QUEUE
         request = struct.pack("=16sH", b"", flags).ljust(IFREQ, b"\0")

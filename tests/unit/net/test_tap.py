@@ -224,6 +224,13 @@ def test_a_macvtap_is_opened_by_its_device(host: Namespace, macvtap: Tap) -> Non
     frame = address + b"\2" * 6 + b"\x88\xb5" + b"hello".ljust(60, b".")
     sender.send(frame)
     assert any(frame in read(fd) for fd in macvtap.fds)
+    macvtap.set_attached(1, False)
+    for number in range(20):
+        sender.send(frame[:-1] + bytes([number]))
+    received = [read(macvtap.fds[0]) for _ in range(20)]
+    assert all(frame[:-1] in each for each in received)
+    assert not read(macvtap.fds[1])
+    macvtap.set_attached(1, True)
     os.write(macvtap.fds[0], bytes(12) + b"\xff" * 6 + address + b"\x88\xb5" + b"answer".ljust(60, b"."))
     assert any(b"answer" in sender.recv(2000) for _ in range(5))
     sender.close()

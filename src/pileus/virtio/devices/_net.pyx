@@ -436,7 +436,7 @@ cdef class Pair(Engine):
         cdef uint32_t index = 0, got = 0, count, here
         cdef iovec *vector
         cdef ssize_t written
-        if self.chain.readable_length <= HEADER_SIZE:
+        if not HEADER_SIZE < self.chain.readable_length <= LARGEST:
             self.tx_dropped += 1
             return 0
         # The header is copied once, then checked: the driver could change it behind our back.

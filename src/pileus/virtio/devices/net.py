@@ -183,9 +183,11 @@ class Net(VirtioDevice):
         }
 
     def restore(self, state: "State") -> None:
-        """In force once the device is activated."""
-        self.mac = bytes.fromhex(state["mac"])
-        self.active_pairs, self._offloads = state["pairs"], state["offloads"]
+        """In force once the device is activated. Raises ValueError for a state that is not this device's."""
+        mac, pairs = bytes.fromhex(state["mac"]), state["pairs"]
+        if not mac_address.is_unicast(mac) or not 1 <= pairs <= self.pair_count:
+            raise ValueError(f"{self.name}: {pairs} queue pairs were saved, there are {self.pair_count}")
+        self.mac, self.active_pairs, self._offloads = mac, pairs, state["offloads"]
         self._rx_mode = {int(command): on for command, on in state["rx_mode"].items()}
         table = state["table"]
         self._table = table and tuple([bytes.fromhex(each) for each in part] for part in table)
