@@ -97,8 +97,8 @@ cdef class Pair(Engine):
     def __init__(self, str name, failed, Queue rx not None, Queue tx not None, int tap):
         Engine.__init__(self, name, failed)
         self.rx, self.tx, self.tap = rx, tx, tap
-        self.forward_from = self.forward_to = -1
-        self.epoll = -1
+        self.forward_from = self.forward_to = self.epoll = -1
+        self.hold_ms = HOLD_MS
         buffers_init(&self.chain)
 
     def __dealloc__(self):
@@ -199,7 +199,7 @@ cdef class Pair(Engine):
         if (self.rx_more and (self.readable or self.held)) or (self.tx_more and self.writable):
             timeout = 0
         elif self.held:
-            timeout = HOLD_MS
+            timeout = self.hold_ms
         count = epoll_wait(self.epoll, events, 5, timeout)
         if count < 0:
             return 0 if errno == EINTR else -errno
@@ -329,7 +329,7 @@ cdef class Pair(Engine):
                     self.rx_dropped += 1
                 elif not self.held:
                     self.held, self.held_window = length, window
-                    self.held_until = _now() + <int64_t>HOLD_MS * 1000000
+                    self.held_until = _now() + <int64_t>self.hold_ms * 1000000
                 return 0
             self._unspill(length, window)
         elif length > self.stock.chains[self.stock.first_chain].length:

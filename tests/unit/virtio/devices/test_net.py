@@ -178,6 +178,7 @@ def test_a_packet_that_the_chains_are_too_few_for_waits_a_while(card: Card) -> N
 
 
 def test_but_not_for_ever(card: Card) -> None:
+    card.hold(0.01)
     card.offer(1000)
     card.host.send(frame(bytes(1400)))
     card.host.send(frame(b"the next"))
