@@ -66,10 +66,13 @@ class Tap:
         self.set_offloads(0)
 
     def close(self) -> None:
-        """What was made here vanishes; the guest's filter does not outlive it anywhere."""
-        if self.fds and self.filtered and not self.made:
+        """What was made here vanishes; elsewhere the guest's filter, and queues at rest, do not outlive it."""
+        if self.fds and not self.made:
             try:
-                self.set_filter(None)
+                for index in range(len(self.fds)):
+                    self.set_attached(index, True)
+                if self.filtered:
+                    self.set_filter(None)
             except HostError:
                 pass  # its interface is gone
         while self.fds:

@@ -147,6 +147,18 @@ def test_inherited_descriptors_are_taken_and_closed() -> None:
 
 
 @pytest.mark.usefixtures("host")
+def test_descriptors_of_queues_at_rest_can_be_taken_again() -> None:
+    """A queue that is detached does not know its TAP, and the descriptors are copies of the caller's."""
+    fds = [raw_tap("theirs", GOOD | tap.IFF_MULTI_QUEUE) for _ in range(2)]
+    for _ in range(2):
+        adopted = adopt([os.dup(fd) for fd in fds])
+        adopted.set_attached(1, False)
+        adopted.close()
+    for fd in fds:
+        os.close(fd)
+
+
+@pytest.mark.usefixtures("host")
 def test_bad_descriptors_are_refused_and_stay_the_caller_s() -> None:
     no_header = raw_tap("a", tap.IFF_TAP | tap.IFF_NO_PI)
     tun = raw_tap("b", 1 | tap.IFF_NO_PI | tap.IFF_VNET_HDR)
