@@ -665,6 +665,13 @@ def test_inherited_descriptors_serve_as_well(host: Namespace) -> None:
     assert card.receive().frame == frame()
     assert card.command(4, 0, b"\2\0") == net.OK
     card.close()
+    again = Card(fd=fds, host_mac=None)  # after a reboot
+    again.offer(2048)
+    again.host.send(frame())
+    assert again.receive().frame == frame()
+    again.close()
+    for fd in fds:
+        os.close(fd)
 
 
 @pytest.mark.parametrize(
