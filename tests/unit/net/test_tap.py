@@ -150,10 +150,10 @@ def test_inherited_descriptors_are_copied_and_stay_open() -> None:
 
 @pytest.mark.usefixtures("host")
 def test_descriptors_of_queues_at_rest_can_be_taken_again() -> None:
-    """A queue that is detached does not know its TAP, and the descriptors are copies of the caller's."""
+    """A queue that is detached does not know its TAP, and neither do copies of it."""
     fds = [raw_tap("theirs", GOOD | tap.IFF_MULTI_QUEUE) for _ in range(2)]
     for _ in range(2):
-        adopted = adopt([os.dup(fd) for fd in fds])
+        adopted = adopt(fds)
         adopted.set_attached(1, False)
         adopted.close()
     for fd in fds:
