@@ -66,7 +66,7 @@ class Tap:
         self.set_offloads(0)
 
     def close(self) -> None:
-        """What was made here vanishes; elsewhere neither the guest's filter nor detached queues outlive it."""
+        """What was made here vanishes; elsewhere no filter of the guest and no queue at rest is left."""
         if self.fds and not self.made:
             try:
                 for index in range(len(self.fds)):
