@@ -152,8 +152,6 @@ cdef class Pair(Engine):
             return -errno
         if self.forward_from >= 0 and self._watch(self.forward_from, EPOLLIN | EPOLLET, TAG_FORWARD) < 0:
             return -errno
-        if self.rx.active:
-            self.rx.disable_kicks()
         return 0
 
     cdef int _watch(self, int fd, uint32_t events, int tag) noexcept nogil:
@@ -231,6 +229,7 @@ cdef class Pair(Engine):
         cdef uint64_t enough = self.rx_bytes + BATCH_BYTES
         cdef uint32_t window
         cdef ssize_t length
+        self.rx.disable_kicks()
         while packets < RX_BATCH and self.rx_bytes < enough:
             packets += 1  # each turn costs something, also with a driver that only plays with its index
             ready = self._deliver(self.held, self.held_window) if self.held else self._refill(self._guess())

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DEFAULT_IP, DEFAULT_MASK = "192.168.249.1", "255.255.255.0"  # of the host, on a TAP that is made here
 USUAL_MTU = 1500
 CONTROL_QUEUE_SIZE = 64
+COMMAND_BATCH = 16  # commands in a row
 MAX_COMMAND = 64 << 10  # bytes of a control command: a table of MAC addresses is the longest
 MAX_ADDRESSES = 1024  # of a table; more are as good as promiscuous
 
@@ -223,9 +224,13 @@ class Net(VirtioDevice):
     # -- the control queue ------------------------------------------------------------------------
 
     def handle_queue(self, index: int) -> None:
-        queue = self.queues[index]
+        queue, budget = self.queues[index], COMMAND_BATCH
         for chain in queue:
             queue.push_used(chain, self._answer(chain))
+            budget -= 1
+            if budget == 0:  # others on the control loop come first
+                os.eventfd_write(self.queues[2 * self.pair_count].kick_fd, 1)
+                break
 
     def _answer(self, chain: "Chain") -> int:
         if not chain.writable_len:

@@ -413,6 +413,17 @@ def test_a_host_that_is_down_drops_packets(host: Namespace, card: Card) -> None:
     sender.close()
 
 
+def test_a_tap_that_is_gone_takes_nothing_and_costs_nothing(host: Namespace, card: Card) -> None:
+    card.offer(2048)
+    host.ip("link", "del", card.net.tap.name)
+    before = cpu_ticks(card)
+    for _ in range(3):
+        card.send(header() + frame(to=HOST_MAC))
+    time.sleep(0.2)
+    assert cpu_ticks(card) - before <= 2
+    assert card.counter("tx_dropped") == 3
+
+
 # -- the control queue ----------------------------------------------------------------------------
 
 COMMANDS = {
@@ -464,6 +475,15 @@ def test_any_bytes_are_answered(card: Card, data: bytes, room: int) -> None:
     card.driver.add(readable=[data] if data else [], writable=[room], queue=2)
     card.driver.kick(2)
     assert [used.length for used in card.driver.wait(2)] == [1]
+
+
+def test_many_commands_leave_the_control_loop_to_others_in_between(card: Card) -> None:
+    for _ in range(20):
+        card.driver.add(readable=[b"\0\0\1"], writable=[1], queue=2)
+    card.net.kicked(2)
+    assert len(card.driver.used(2)) == 16
+    card.driver.serve()
+    assert len(card.driver.used(2)) == 4
 
 
 def test_a_new_address_stands_in_the_configuration_until_a_reset(card: Card) -> None:
