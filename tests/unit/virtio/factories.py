@@ -8,11 +8,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+from pileus.config.model import NetConfig
 from pileus.console import Sink
 from pileus.virtio.device import VirtioDevice
 from pileus.virtio.devices.balloon import Balloon
 from pileus.virtio.devices.console import ConsoleDevice
+from pileus.virtio.devices.net import open_net
 from pileus.virtio.devices.rng import FileSource, Rng
+from tests.unit.net.namespace import Namespace
 
 
 @contextmanager
@@ -59,6 +62,13 @@ def bare_balloon() -> Iterator[VirtioDevice]:
     yield Balloon("balloon0")
 
 
+@contextmanager
+def net() -> Iterator[VirtioDevice]:
+    """On a TAP of two queue pairs, in a network of its own."""
+    with Namespace():
+        yield open_net(NetConfig(num_queues=4), 0)
+
+
 Factory = Callable[[], AbstractContextManager[VirtioDevice]]
 
 FACTORIES: dict[str, Factory] = {
@@ -68,4 +78,5 @@ FACTORIES: dict[str, Factory] = {
     "stuck console": stuck_console,
     "balloon": balloon,
     "bare balloon": bare_balloon,
+    "net": net,
 }
