@@ -201,7 +201,7 @@ def pair() -> Iterator[Pair]:
     pair.close()
 
 
-@settings(max_examples=1000)
+@settings(max_examples=600)
 @given(
     size=st.sampled_from([1, 2, 4, 8]),
     start=st.sampled_from(STARTS),
