@@ -34,6 +34,7 @@ GROUPS = {
         Option("--pci", "vm.pci"),
     ),
     "Devices": (
+        Option("--disk", "vm.disks", LIST),
         Option("--net", "vm.net", LIST),
         Option("--rng", "vm.rng"),
         Option("--balloon", "vm.balloon"),

@@ -15,13 +15,6 @@ def make(config: "VmConfig", cleanup: "Cleanup", console: "Console | None") -> "
 
     ``console`` is the far end of the virtio console, None for no such device.
     """
-    for index, net in enumerate(config.net):
-        from pileus.virtio.devices.net import open_net
-
-        yield cleanup.own(open_net(net, index))
-    from pileus.virtio.devices.rng import FileSource, Rng
-
-    yield cleanup.own(Rng("rng0", cleanup.own(FileSource(config.rng.src))))
     if console is not None:
         from pileus.virtio.devices.console import make_console
 
@@ -29,6 +22,17 @@ def make(config: "VmConfig", cleanup: "Cleanup", console: "Console | None") -> "
         console.connect(port)
         cleanup.call(console.disconnect)
         yield port
+    for index, disk in enumerate(config.disks):
+        from pileus.virtio.devices.blk import open_disk
+
+        yield cleanup.own(open_disk(disk, index))
+    for index, net in enumerate(config.net):
+        from pileus.virtio.devices.net import open_net
+
+        yield cleanup.own(open_net(net, index))
+    from pileus.virtio.devices.rng import FileSource, Rng
+
+    yield cleanup.own(Rng("rng0", cleanup.own(FileSource(config.rng.src))))
     if config.balloon is not None:
         from pileus.virtio.devices.balloon import make_balloon
 

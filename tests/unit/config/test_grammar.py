@@ -12,6 +12,7 @@ from pileus.config.model import (
     BalloonConfig,
     ConsoleConfig,
     CpusConfig,
+    DiskConfig,
     MemoryConfig,
     NetConfig,
     RngConfig,
@@ -28,6 +29,7 @@ STRUCTS = [
     ConsoleConfig,
     RngConfig,
     NetConfig,
+    DiskConfig,
     BalloonConfig,
     ApiSocketConfig,
 ]
