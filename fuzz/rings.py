@@ -108,7 +108,8 @@ def derived(count: int, number: int) -> None:
 
 
 def tell(what: str, count: int, seconds: float, faults: dict[str, int]) -> None:
-    print(f"{count} rings {what} in {seconds:.1f} s, {count / seconds:.0f} a second")
+    print(f"{count} rings {what} in {seconds:.1f} s, {count / seconds:.0f} a second", end="; ")
+    print(f"all so far took {time.process_time():.1f} s of processor time")
     for fault, times in sorted(faults.items(), key=lambda each: -each[1]):
         print(f"  {times:8} {fault}")
 

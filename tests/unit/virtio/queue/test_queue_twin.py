@@ -114,7 +114,7 @@ class Pair:
     def same(self) -> None:
         """Memory, interrupts and faults are the same."""
         for gpa, data in self.twin_memory.regions:
-            assert self.memory.read(gpa, len(data)) == data
+            assert self.memory.read(gpa, len(data)) == bytes(data)
         try:
             self.interrupts += os.eventfd_read(self.queue.call_fd)
         except BlockingIOError:
