@@ -167,7 +167,7 @@ class Control:
     # -- saving -----------------------------------------------------------------------------------
 
     def state(self) -> "State":
-        """All that the driver set up, with the device's own state; nothing runs or is in flight."""
+        """All that the driver set up, with the device's own state; the VM and the device are paused."""
         device = self.device
         with device.lock:
             own = device.state()  # first: a device may give back chains that it holds

@@ -60,6 +60,12 @@ class VirtioDevice:
     def reset(self) -> None:
         """Touch neither queues nor guest memory from here on; called before the queues are reset."""
 
+    def pause(self) -> None:
+        """Return when nothing is under way; what the driver offers meanwhile waits for ``resume``."""
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes configuration; a device without writable fields ignores it."""
 

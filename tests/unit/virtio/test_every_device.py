@@ -1,6 +1,7 @@
 """What holds for every device: it lives through a hostile driver, and goes on from a saved state."""
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -135,22 +136,40 @@ def device_wants_input(device: VirtioDevice) -> None:
         feed(b"input")
 
 
+LAZY = {"Net": {0, 2, 3}}  # queues that are looked at only when the host has something, or not at first
+PATIENCE = 10.0
+
+
+def eager(driver: FakeDriver) -> list[int]:
+    """Queues that the device looks at when they are kicked."""
+    lazy = LAZY.get(type(driver.device).__name__, set())
+    return [index for index in range(len(driver.device.queues)) if index not in lazy]
+
+
+def until_it_needs_a_reset(driver: FakeDriver) -> None:
+    """An engine takes its time."""
+    deadline = time.monotonic() + PATIENCE
+    while not driver.config_interrupts:
+        assert time.monotonic() < deadline, "it takes no notice"
+        time.sleep(0.001)
+
+
 def stopped(driver: FakeDriver, queue: int) -> None:
     """Kick: nothing comes back, the driver is told, and after a reset all is well."""
-    before = driver.config_interrupts
+    driver.config_interrupts = 0
     driver.kick(queue)
+    until_it_needs_a_reset(driver)
     assert driver.used(queue) == []
     assert driver.status & status.NEEDS_RESET
-    assert driver.config_interrupts == before + 1
     driver.kick(queue)
-    assert driver.config_interrupts == before + 1, "it is told once"
+    assert driver.config_interrupts == 1, "it is told once"
     driver.start()
     assert driver.status == READY
 
 
 @pytest.mark.parametrize("bad", BAD_DESCRIPTORS.values(), ids=list(BAD_DESCRIPTORS))
 def test_a_bad_descriptor_stops_the_device_until_it_is_reset(driver: FakeDriver, bad: dict[str, int]) -> None:
-    for queue in driver.device.python_queues:
+    for queue in eager(driver):
         device_wants_input(driver.device)
         driver.write_descriptor(0, **bad, queue=queue)
         driver.offer(0, queue)
@@ -158,14 +177,14 @@ def test_a_bad_descriptor_stops_the_device_until_it_is_reset(driver: FakeDriver,
 
 
 def test_a_head_outside_the_table_stops_the_device(driver: FakeDriver) -> None:
-    for queue in driver.device.python_queues:
+    for queue in eager(driver):
         device_wants_input(driver.device)
         driver.offer(driver.rings[queue].size, queue)
         stopped(driver, queue)
 
 
 def test_an_index_that_jumps_stops_the_device(driver: FakeDriver) -> None:
-    for queue in driver.device.python_queues:
+    for queue in eager(driver):
         device_wants_input(driver.device)
         driver.rings[queue].set_available(driver.rings[queue].size + 1)
         stopped(driver, queue)
@@ -209,8 +228,8 @@ def test_a_saved_device_goes_on_where_it_was(factory: Factory, event_idx: bool) 
         came = len(driver.wait(queue, 5))
         for _ in range(2):
             driver.add(readable, writable, queue)
-        with first.lock:
-            state = driver.control.state()
+        first.pause()
+        state = driver.control.state()
         with factory() as second:
             driver.move(second, state)
             assert driver.status == READY
@@ -230,6 +249,7 @@ def usable_request(driver: FakeDriver) -> tuple[int, list[bytes], list[int]] | N
         "Rng": (0, [], [16]),
         "ConsoleDevice": (1, [b"words"], []),
         "Balloon": (0, [bytes([64, 0, 0, 0])], []),
+        "Blk": (0, [bytes(16)], [512, 1]),  # read sector 0
     }
     return known.get(type(driver.device).__name__)
 
@@ -238,6 +258,7 @@ def usable_request(driver: FakeDriver) -> tuple[int, list[bytes], list[int]] | N
 def test_a_state_is_plain_and_restores_to_itself(factory: Factory) -> None:
     with factory() as first, FakeDriver(first) as driver:
         busy(driver)
+        first.pause()
         state = driver.control.state()
         assert plain(state)
         with factory() as second:
