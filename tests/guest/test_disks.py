@@ -159,7 +159,7 @@ ip link set eth0 up
 ip addr add {net.guest}/24 dev eth0
 ping -c 2 -w 20 {net.host}
 ping -c 1 -w 20 -s 1400 {net.host}
-mke2fs -q -t ext4 /dev/vda
+/bin/mke2fs -q -t ext4 /dev/vda  # by its path, else the shell takes its own
 mkdir /mnt
 mount -t ext4 /dev/vda /mnt
 dd if=/dev/urandom of=/mnt/data bs=1M count=4
