@@ -162,6 +162,8 @@ cdef class Pair(Engine):
 
     cdef void _tidy(self) noexcept nogil:
         """Chains that no packet came for go back: none is in flight when the thread has ended."""
+        if self.held:
+            self.rx_dropped += 1
         if self.stock != NULL:
             while self.stock.end_chain > self.stock.first_chain:
                 self.rx.untake()
