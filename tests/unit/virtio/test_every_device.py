@@ -286,5 +286,7 @@ def test_a_state_of_another_device_is_refused(factory: Factory) -> None:
         control = Control(device, driver.memory)
         with pytest.raises(ValueError, match="queues were saved"):
             control.restore(state | {"queues": state["queues"] * 2})
+        with pytest.raises(ValueError, match="no queue is in the state"):
+            control.restore(state | {"queues": [{**each, "next_used": 1 << 16} for each in state["queues"]]})
         with pytest.raises(ValueError, match="its driver uses features"):
             control.restore(state | {"features": 1 << 63})

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from pileus.virtio.queue._engine import Engine
+from tests.unit import tiny
 
 
 def never(number: int) -> None:
@@ -12,7 +13,7 @@ def never(number: int) -> None:
 
 
 def test_it_starts_and_stops_any_number_of_times() -> None:
-    before = os.listdir("/proc/self/fd"), len(os.listdir("/proc/self/task"))
+    before = os.listdir("/proc/self/fd"), os.listdir("/proc/self/task")
     engine = Engine("_test0_q0", never)
     engine.stop()
     for _ in range(5):
@@ -24,7 +25,7 @@ def test_it_starts_and_stops_any_number_of_times() -> None:
     engine.start()
     engine.close()
     engine.close()
-    assert (os.listdir("/proc/self/fd"), len(os.listdir("/proc/self/task"))) == before
+    tiny.wait_until(lambda: (os.listdir("/proc/self/fd"), os.listdir("/proc/self/task")) == before)
 
 
 def test_it_does_not_start_twice() -> None:
