@@ -6,7 +6,9 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 SOURCES = Path("src")
-LIBRARIES: dict[str, list[str]] = {}  # module name -> shared libraries it links
+LIBRARIES: dict[str, list[str]] = {  # module name -> shared libraries it links
+    "pileus.block._qcow2_compressed": ["z", "zstd"],
+}
 
 extensions = [
     Extension(

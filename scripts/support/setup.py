@@ -3,6 +3,7 @@
 =======  =====================================================================================
 build    pileus itself in .venv: all that someone with a KVM host needs (the default, with rest)
 guest    kernels and an initramfs to boot, made of Debian packages
+system   a Debian 13 system to boot from a disk
 nested   an emulated machine with KVM, for hosts where KVM cannot run stock kernels
 test     what scripts/test needs beside these
 bench    the peers of scripts/bench
@@ -20,18 +21,20 @@ from support import apt
 from support.host import PYTHON, ROOT, TOOLS, VENV, digest, has_full_kvm, only_one, run, say, stamp, stamped
 
 PACKAGES = {
-    "build": ["python3-dev", "python3-venv", "build-essential"],
-    "guest": ["busybox-static", "kmod", "xz-utils", "zstd"],
+    "build": ["python3-dev", "python3-venv", "build-essential", "liburing-dev", "zlib1g-dev", "libzstd-dev"],
+    "guest": ["busybox-static", "e2fsprogs", "kmod", "xz-utils", "zstd"],
+    "system": ["mmdebstrap", "e2fsprogs", "openssh-client", "xfsprogs"],
     # Version 10 of QEMU: with 7.2 as the outer emulator 3 nested guests of 20 crashed, with 10.0 none of 53.
     "nested": ["qemu-system-x86>=10", "kmod", "busybox-static", "xz-utils", "zstd", "lz4"],
-    "test": ["acpica-tools", "git"],
-    "bench": ["qemu-system-x86>=10"],
+    "test": ["acpica-tools", "git", "iperf3", "iproute2", "iputils-ping", "qemu-utils"],
+    "bench": ["qemu-system-x86>=10", "qemu-utils>=10"],
 }
 NEEDS = {  # a goal and the goals it rests on
     "build": [],
     "guest": [],
+    "system": ["guest"],
     "nested": [],
-    "test": ["build", "guest"],
+    "test": ["build", "guest", "system"],
     "bench": ["build", "guest"],
 }
 TOOL_REQUIREMENTS = {
@@ -70,6 +73,10 @@ def setup(*goals: str) -> None:
             from support import guests
 
             guests.fetch()
+        if "system" in wanted:
+            from support import system
+
+            system.build()
         if "nested" in wanted and not has_full_kvm():
             from support import guests
 
