@@ -79,7 +79,11 @@ def _rows(shape: tuple[str, int, int, bool], disk: Path, runs: int) -> list[Row]
         rows.append(_more(name, "GB/s", scaled["pileus"], "pread loop", scaled["pread loop"], 0.95))
     else:
         thousands = {kind: [rate / 1000 for rate in found] for kind, found in rates.items()}
-        rows += [_more(name, "k/s", thousands["pileus"], kind, thousands[kind], 1) for kind in kinds if kind != "pileus"]
+        rows += [
+            _more(name, "k/s", thousands["pileus"], kind, thousands[kind], 1)
+            for kind in kinds
+            if kind != "pileus"
+        ]
     for kind in kinds:
         if kind != "pileus":
             rows.append(_less(f"{name}, CPU of a request", "us", costs["pileus"], kind, costs[kind]))
@@ -102,7 +106,9 @@ def _less(metric: str, unit: str, own: list[float], peer_name: str, peer: list[f
 # -- one run ----------------------------------------------------------------------------------------
 
 
-def _measure(serve: Callable[..., object], disk: Path, depth: int, size: int, sequential: bool) -> tuple[float, float]:
+def _measure(
+    serve: Callable[..., object], disk: Path, depth: int, size: int, sequential: bool
+) -> tuple[float, float]:
     """Requests a second, and microseconds of the server's CPU time for each."""
     from pileus.memory import GuestMemory, Region
     from pileus.testing._blk_load import BlkLoad
@@ -147,7 +153,9 @@ def _pileus(disk: Path, memory, load, kick: int, call: int) -> Iterator[int]:  #
     if pid == 0:
         try:
             os.sched_setaffinity(0, {SERVER_CPU})
-            device = Blk("disk", open_image(os.fspath(disk), format="raw", readonly=True), queue_size=RING_SIZE)
+            device = Blk(
+                "disk", open_image(os.fspath(disk), format="raw", readonly=True), queue_size=RING_SIZE
+            )
             (queue,) = device.queues
             os.dup2(kick, queue.kick_fd)
             queue.size, queue.call_fd = RING_SIZE, call

@@ -137,12 +137,9 @@ class Net(VirtioDevice):
             )
         if self.control_index != 2 * self.pair_count and self.has(CTRL_VQ):
             self.pairs[0].forward(self.queues[2].kick_fd, self.queues[2 * self.pair_count].kick_fd)
-        try:
-            self._set_offloads()
-            self._apply_filter()
-            self._run(self.active_pairs if self.has(MQ) else 1)
-        except HostError as error:
-            raise GuestError(str(error)) from error
+        self._set_offloads()
+        self._apply_filter()
+        self._run(self.active_pairs if self.has(MQ) else 1)
 
     def reset(self) -> None:
         for pair in self.pairs:
@@ -163,7 +160,7 @@ class Net(VirtioDevice):
 
     def resume(self) -> None:
         with self.lock:
-            if self.memory is not None:
+            if self.memory is not None and not self.failed:
                 self._run(self.active_pairs)
 
     def close(self) -> None:
