@@ -76,6 +76,7 @@ cdef enum:
     SERIAL_SIZE = 20
     UNMAP = 1               # flag of a segment of WRITE_ZEROES
     WORKERS = 4             # threads at most, of one queue
+    TURN = 1 << 20          # bytes, about: the driver hears of them while the next are being moved
     PATIENCE = 10           # seconds for what is under way at the end; again as long for it to be cancelled
 
 cdef enum:                  # types of requests
@@ -264,10 +265,11 @@ cdef class BlkQueue(Engine):
     # -- from the driver --------------------------------------------------------------------------
 
     cdef int _take(self) noexcept nogil:
-        """Begin all that is offered; how many."""
+        """Begin what is offered, up to what one turn of the loop should move; how many."""
         cdef Request *request
         cdef int got, taken = 0
-        while not self.stopping and self.free_requests != NULL:
+        cdef uint64_t length = 0
+        while not self.stopping and self.free_requests != NULL and length < TURN:
             request = self.free_requests
             got = self.queue.take(&request.chain)
             if got == 0:
@@ -276,6 +278,7 @@ cdef class BlkQueue(Engine):
                 self.stopping = True  # what is under way may end
                 break
             taken += 1
+            length += request.chain.readable_length + request.chain.writable_length
         return taken
 
     cdef int _start(self, Request *request) noexcept nogil:
