@@ -12,11 +12,12 @@ LEAVES = {"errors", "log", "cleanup", "config", "_posix"}  # anyone may use thes
 ARROWS = {  # room -> the rooms it may import, besides itself and the leaves
     "cli": {"vmm"},
     "vmm": {"vm", "console", "kvm"},
-    "vm": {"arch", "boot", "devices", "pci", "virtio", "block", "net", "console", "bus", "memory", "kvm"},
+    "vm": {"arch", "boot", "devices", "pci", "virtio", "vhost_user", "block", "net", "console", "bus", "memory", "kvm"},
     "virtio": {"pci", "block", "net", "console", "bus", "memory"},
     "pci": {"bus"},
     "block": set(),
     "net": set(),
+    "vhost_user": {"virtio", "memory"},
     "testing": {"virtio", "block", "memory"},
     "arch": {"memory", "kvm"},
     "boot": {"arch.x86_64.layout", "memory"},

@@ -59,6 +59,9 @@ class VirtioDevice:
     def reset(self) -> None:
         """Touch neither queues nor guest memory from here on; called before the queues are reset."""
 
+    def call_changed(self, index: int) -> None:
+        """The driver chose another interrupt for queue ``index``, which may be active."""
+
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes configuration; a device without writable fields ignores it."""
 

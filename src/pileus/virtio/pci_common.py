@@ -69,6 +69,7 @@ class CommonConfig(PythonDevice):
             number = self._existing(number)
             self._queue_vectors[self.control.queue_select] = number
             queue.call_fd = self._fd(number)
+            self.control.device.call_changed(self.control.queue_select)
 
     def signal_config(self) -> None:
         """Raise the vector for a changed configuration, if there is one."""
