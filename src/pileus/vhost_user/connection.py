@@ -26,8 +26,8 @@ FD_SIZE = 4
 class Connection:
     """One end of ``sock``, which it owns. ``peer`` names the other end in errors.
 
-    ``table`` is what is asked on this channel (FRONTEND or BACKEND of the protocol), and ``asks`` whether it is
-    we who ask. One thread at a time may use it, but ``shut_down`` any.
+    ``table`` is what is asked on this channel (FRONTEND or BACKEND of the protocol), and ``asks`` whether we
+    are who asks. One thread at a time may use it, but ``shut_down`` any.
     """
 
     def __init__(self, sock: "socket.socket", peer: str, table: "dict[int, Call]", asks: bool) -> None:
