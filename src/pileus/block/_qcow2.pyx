@@ -96,8 +96,7 @@ cdef class Qcow2Image(Image):
             )
             for first, count, what in header.tables():
                 self.refcounts.protect(first, count, what)
-            for place in self._mapping.tables():
-                self.refcounts.protect(place >> bits, 1, "an L2 table")
+            self._mapping.protect(self.refcounts.metadata)
         self.fd = fd
 
     def __dealloc__(self):
@@ -162,25 +161,28 @@ cdef class Qcow2Image(Image):
 
     cdef int _locate(self, uint64_t offset, uint64_t length, bint write, bint writer, Place *place) noexcept nogil:
         """Where ``offset`` is, and one user more. ``writer``: the caller has that lock."""
+        cdef bint taken = False
         cdef int rc, attempt
-        for attempt in range(3):
+        for attempt in range(2):
             pthread_mutex_lock(&self._lock)
             rc = self._place(offset, length, write, place)
             if rc == 0:
                 self._users += 1
             pthread_mutex_unlock(&self._lock)
             if rc != -EAGAIN:
-                return rc
-            if self.readonly:
-                return -ENOMEM  # nothing can be dirty
+                break
+            if self.readonly or attempt:
+                rc = -ENOMEM  # it was not that all slots are dirty
+                break
             if not writer:
-                pthread_mutex_lock(&self._writer)
+                pthread_mutex_lock(&self._writer)  # kept: nobody makes them dirty again before we had one
+                taken = True
             rc = self._commit(False)
-            if not writer:
-                pthread_mutex_unlock(&self._writer)
             if rc < 0:
-                return rc
-        return -ENOMEM
+                break
+        if taken:
+            pthread_mutex_unlock(&self._writer)
+        return rc
 
     cdef int _place(self, uint64_t offset, uint64_t length, bint write, Place *place) noexcept nogil:
         cdef uint64_t cluster = offset >> self.cluster_bits, size = <uint64_t>1 << self.cluster_bits
@@ -403,19 +405,18 @@ cdef class Qcow2Image(Image):
 
     cdef int _find(self, uint64_t cluster, void **slot) noexcept nogil:
         """Take _lock and find the slice of L2 with ``cluster`` in it; keeps the lock if that works."""
-        cdef int rc, attempt
-        for attempt in range(3):
+        cdef int rc = 0, attempt
+        for attempt in range(2):
             pthread_mutex_lock(&self._lock)
             rc = self._mapping.find(cluster, <Slot **>slot)
             if rc == 0:
                 return 0
             pthread_mutex_unlock(&self._lock)
-            if rc == -EAGAIN:
-                rc = self._commit(False)
-                if rc == 0:
-                    rc = -ENOMEM
-                    continue
-            return rc
+            if rc != -EAGAIN:
+                return rc
+            rc = self._commit(False)
+            if rc < 0:
+                return rc
         return -ENOMEM
 
     cdef int _own_table(self, uint64_t cluster) noexcept nogil:
@@ -542,7 +543,7 @@ cdef class Qcow2Image(Image):
     cdef int write_zeroes(self, uint64_t offset, uint64_t length, bint unmap) noexcept nogil:
         cdef uint64_t mask = (<uint64_t>1 << self.cluster_bits) - 1, end = offset + length
         cdef uint64_t head = min((offset + mask) & ~mask, end), tail = end if end == self.size else max(end & ~mask, head)
-        cdef int rc = self._write_zeroes(offset, head - offset)
+        cdef int rc = -EROFS if self.readonly else self._write_zeroes(offset, head - offset)
         if rc == 0:
             rc = self._write_zeroes(tail, end - tail)
         if rc == 0 and tail > head:

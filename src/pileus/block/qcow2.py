@@ -74,7 +74,9 @@ def _open(
 
     header = Header(_first_cluster(fd, read))
     if header.cluster_size < align:
-        raise ValueError(f"its clusters of {header.cluster_size} bytes are too small for direct I/O, by {align}")
+        raise ValueError(
+            f"its clusters of {header.cluster_size} bytes are too small for direct I/O, by {align}"
+        )
     if not readonly:
         _check_writable(header)
     snapshots = read_snapshots(header, read) if header.snapshot_count and (snapshot or not readonly) else []
@@ -125,7 +127,9 @@ def _first_cluster(fd: int, read: "Callable[[int, int], bytes]") -> bytes:
 
 def _check_writable(header: Header) -> None:
     if header.incompatible & CORRUPT:
-        raise ValueError("it is marked corrupt; it can be opened for reading, or mended by qemu-img check -r all")
+        raise ValueError(
+            "it is marked corrupt; it can be opened for reading, or mended by qemu-img check -r all"
+        )
     if header.incompatible & DIRTY:
         raise ValueError(
             "its refcounts may be wrong (it is marked dirty); it can be opened for reading, or mended by "

@@ -141,7 +141,10 @@ def open_tap(name: str | None, queues: int) -> Tap:
 
 
 def adopt(fds: "Sequence[int]") -> Tap:
-    """The TAP behind inherited descriptors, a queue each. It owns them if this succeeds. Raises HostError."""
+    """The TAP behind inherited descriptors, a queue each. Raises HostError.
+
+    It works on copies of them: they stay open for the VM after a reboot.
+    """
     names = [_name_behind(fd) for fd in fds]
     for fd, (name, macvtap, flags) in zip(fds, names, strict=True):
         what = f"fd {fd}"
@@ -151,7 +154,7 @@ def adopt(fds: "Sequence[int]") -> Tap:
             raise HostError("use", what, f"{name} must be a TAP opened with IFF_NO_PI and IFF_VNET_HDR")
         if len(fds) > 1 and not flags & IFF_MULTI_QUEUE and not macvtap:
             raise HostError("use", what, f"{name} must be opened with IFF_MULTI_QUEUE for several fds")
-    return _prepared(Tap(names[0][0], fds, macvtap=names[0][1]))
+    return _prepared(Tap(names[0][0], [os.dup(fd) for fd in fds], macvtap=names[0][1]))
 
 
 def _prepared(tap: Tap) -> Tap:

@@ -48,15 +48,17 @@ def build(
     console: "Console | None",
     report: "Callable[[Event], None]",
     loop: "Loop",
+    virtio_console: "Console | None" = None,
 ) -> Vm:
     """A VM ready to start; nothing of it is left if this raises (PileusError).
 
-    ``console`` is the far end of the serial port, None for no serial port. ``report`` gets what the guest
-    does to the VM as a whole, on a vCPU's thread. ``loop`` serves the devices written in Python.
+    ``console`` is the far end of the serial port, None for no serial port; likewise ``virtio_console``.
+    ``report`` gets what the guest does to the VM as a whole, on a vCPU's thread. ``loop`` serves the devices
+    written in Python.
     """
     cleanup = Cleanup()
     try:
-        return _Builder(config, kvm, console, report, loop, cleanup).build()
+        return _Builder(config, kvm, console, virtio_console, report, loop, cleanup).build()
     except BaseException:
         cleanup.close()
         raise
@@ -68,6 +70,7 @@ class _Builder:
         config: "VmConfig",
         kvm: "Kvm",
         console: "Console | None",
+        virtio_console: "Console | None",
         report: "Callable[[Event], None]",
         loop: "Loop",
         cleanup: Cleanup,
@@ -75,6 +78,7 @@ class _Builder:
         self.config = config
         self.kvm = kvm
         self.console = console
+        self.virtio_console = virtio_console
         self.report = report
         self.loop = loop
         self.cleanup = cleanup
@@ -99,7 +103,8 @@ class _Builder:
         return Vm(memory, threads, (self.ports, self.mmio), self.cleanup)
 
     def _add_memory(self) -> GuestMemory:
-        memory = backing.allocate(self.config.memory, layout.ram_ranges(self.config.memory.size))
+        ranges = layout.ram_ranges(self.config.memory.size)
+        memory = backing.allocate(self.config.memory, ranges, shared=self.config.has_backends)
         self.cleanup.own(memory)
         for slot, (gpa, region) in enumerate(memory.regions):
             self.vm.set_memory(slot, gpa, region.size, region.hva)
@@ -147,7 +152,7 @@ class _Builder:
 
     def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
-        made = list(devices.make(self.config, self.cleanup))
+        made = list(devices.make(self.config, self.cleanup, self.virtio_console, self.loop))
         carrier = self._carrier(memory)
         for device in made:
             carrier.add(device)
@@ -170,7 +175,10 @@ class _Builder:
         fd = device.queues[index].kick_fd
 
         def kicked(_events: int) -> None:
-            os.eventfd_read(fd)
+            try:
+                os.eventfd_read(fd)
+            except BlockingIOError:
+                return  # a vCPU has reset the device meanwhile
             device.kicked(index)
 
         self.loop.watch(fd, READABLE, kicked)

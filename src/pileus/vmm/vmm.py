@@ -14,11 +14,12 @@ from pileus.vmm.loop import READABLE, Loop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pileus.config.model import VmConfig
+    from pileus.config.model import SerialConfig, VmConfig
     from pileus.vm.vm import Vm
 
 SIGHUP, SIGINT, SIGQUIT, SIGTERM = 1, 2, 3, 15  # <signal.h>; importing ``signal`` costs a start 4 ms
 ENDING_SIGNALS = {SIGHUP: "SIGHUP", SIGINT: "SIGINT", SIGQUIT: "SIGQUIT", SIGTERM: "SIGTERM"}
+SIGWINCH = 28  # the terminal has another size
 
 
 class Vmm:
@@ -29,9 +30,10 @@ class Vmm:
         self.status = 0  # the process's exit status
         self._cleanup = Cleanup()
         self._cleanup.own(self.loop)
-        self._signals = self._cleanup.own(SignalFd(ENDING_SIGNALS))
+        self._signals = self._cleanup.own(SignalFd((*ENDING_SIGNALS, SIGWINCH)))
         self.loop.watch(self._signals.fd, READABLE, lambda _: self._signalled())
         self._kvm: Kvm | None = None
+        self._serial: Console | None = None
         self._console: Console | None = None
         self._config: VmConfig | None = None
         self._vm: Vm | None = None
@@ -46,24 +48,25 @@ class Vmm:
         """Open what the VM needs of the host, build it and let it run. Raises PileusError."""
         self._config = config
         self._kvm = self._cleanup.own(Kvm())
-        if config.serial.mode != "off":
-            self._console = self._cleanup.own(
-                open_console(
-                    config.serial.mode,
-                    config.serial.path or "",
-                    name="serial",
-                    warn=log.warning,
-                    quit=self._quit,
-                )
-            )
-            self._console.start(self.loop)
-            if config.serial.mode == "tty":
-                log.newline = "\r\n"
-                self._cleanup.call(_plain_lines)
-            if config.serial.mode == "pty":
-                log.info(f"serial: the guest's serial port is {self._console.path}")
-                print(f"\tSerial: {self._console.path}", flush=True)
+        self._serial = self._open_console("serial", config.serial)
+        self._console = self._open_console("console", config.console)
         self._build()
+
+    def _open_console(self, name: str, terminal: "SerialConfig") -> Console | None:
+        """The far end of a terminal of the guest, which outlives its reboots; None where that is off."""
+        if terminal.mode == "off":
+            return None
+        console = self._cleanup.own(
+            open_console(terminal.mode, terminal.path or "", name=name, warn=log.warning, quit=self._quit)
+        )
+        console.start(self.loop)
+        if terminal.mode == "tty":
+            log.newline = "\r\n"
+            self._cleanup.call(_plain_lines)
+        if terminal.mode == "pty":
+            log.info(f"{name}: the guest's terminal is {console.path}")
+            print(f"\t{name.capitalize()}: {console.path}", flush=True)
+        return console
 
     def _build(self) -> None:
         assert self._kvm is not None
@@ -82,7 +85,7 @@ class Vmm:
             untold.discard(event.kind)
             self._happened(vm, event)
 
-        vm = builder.build(self._config, self._kvm, self._console, report, self.loop)
+        vm = builder.build(self._config, self._kvm, self._serial, report, self.loop, self._console)
         self._vm = vm
         vm.start()
 
@@ -123,12 +126,19 @@ class Vmm:
     def _reboot(self) -> None:
         """A new VM from the same configuration, once the old one is gone; consoles stay open."""
         self._end_vm()
-        if self._console is not None:
-            self._console.restart()
+        for console in self._consoles():
+            console.restart()
         self._build()
+
+    def _consoles(self) -> list[Console]:
+        return [console for console in (self._serial, self._console) if console is not None]
 
     def _signalled(self) -> None:
         for number in self._signals.take():
+            if number == SIGWINCH:
+                for console in self._consoles():
+                    console.resized()
+                continue
             log.info(f"ending on {ENDING_SIGNALS[number]}")
             self._finish(128 + number)
 

@@ -9,18 +9,36 @@ from pileus.config.declare import Struct, field
 from pileus.config.kinds import Count, Kind, Nested, Path, Printable, Size, Switch
 from pileus.config.model import (
     ApiSocketConfig,
+    BalloonConfig,
     ConsoleConfig,
     CpusConfig,
+    DiskConfig,
+    FsConfig,
     MemoryConfig,
     NetConfig,
     RngConfig,
     SerialConfig,
+    VhostUserBlkConfig,
+    VhostUserNetConfig,
 )
 from pileus.errors import ConfigError
 
 from .strategies import ARGUMENTS, of_struct
 
-STRUCTS = [CpusConfig, MemoryConfig, SerialConfig, ConsoleConfig, RngConfig, NetConfig, ApiSocketConfig]
+STRUCTS = [
+    CpusConfig,
+    MemoryConfig,
+    SerialConfig,
+    ConsoleConfig,
+    RngConfig,
+    NetConfig,
+    DiskConfig,
+    BalloonConfig,
+    FsConfig,
+    VhostUserNetConfig,
+    VhostUserBlkConfig,
+    ApiSocketConfig,
+]
 
 
 class Disk(Struct):

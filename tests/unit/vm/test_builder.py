@@ -13,7 +13,7 @@ from pileus.errors import ConfigError, KvmError
 from pileus.kvm import Kvm
 from pileus.vm.builder import build, topology_of
 from pileus.vm.vcpu import Event
-from pileus.vmm.loop import Loop
+from pileus.vmm.loop import Loop, Timer
 from tests.unit import tiny
 
 
@@ -44,6 +44,10 @@ def ignore(event: Event) -> None:
     pass
 
 
+def ignore_call() -> None:
+    pass
+
+
 class Idle:
     """A control loop that serves nothing."""
 
@@ -51,6 +55,12 @@ class Idle:
         pass
 
     def unwatch(self, fd: int) -> None:
+        pass
+
+    def after(self, seconds: float, call: object) -> Timer:
+        return Timer(0, ignore_call)
+
+    def post(self, call: object) -> None:
         pass
 
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from pileus.virtio.queue import Chain
 
 MAC, STATUS, CTRL_VQ, MQ = (1 << bit for bit in (5, 16, 17, 22))
-OFFLOADS = sum(1 << bit for bit in (0, 1, 7, 8, 9, 10, 11, 12, 13, 14, 54, 55, 56))
+CHECKSUMS = sum(1 << bit for bit in (0, 1))
+SEGMENTS = sum(1 << bit for bit in (7, 8, 9, 11, 12, 13))  # of TCP: TSO4, TSO6 and ECN, each way
+UDP = sum(1 << bit for bit in (10, 14, 54, 55, 56))  # UFO and USO, each way
 MRG_RXBUF = 1 << 15
 OURS = MAC | STATUS  # offered whatever the back-end says
 
@@ -34,7 +36,10 @@ OK, ERR = 0, 1  # what a control command is answered
 
 
 class VhostUserNet(VhostUserDevice):
-    """``num_queues`` queues in pairs, of ``queue_size``; a control queue with more than one pair."""
+    """``num_queues`` queues in pairs, of ``queue_size``; a control queue with more than one pair.
+
+    ``withheld`` are feature bits that are not to be offered.
+    """
 
     id = ids.NET
 
@@ -48,12 +53,13 @@ class VhostUserNet(VhostUserDevice):
         mac: bytes,
         num_queues: int = 2,
         queue_size: int = 256,
+        withheld: int = 0,
         patience: float = PATIENCE,
     ) -> None:
         self.pair_count = num_queues // 2
         self.active_pairs = 1
         self.queue_sizes = (queue_size,) * num_queues
-        self.known = OFFLOADS | MRG_RXBUF
+        self.known = (CHECKSUMS | SEGMENTS | UDP | MRG_RXBUF) & ~withheld
         if self.pair_count > 1:
             self.queue_sizes += (CONTROL_QUEUE_SIZE,)
             self.kicked_in_python = (num_queues,)

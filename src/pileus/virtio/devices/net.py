@@ -92,7 +92,7 @@ class Net(VirtioDevice):
         self.config = self._config()
         self.pairs = [self._pair(index) for index in range(self.pair_count)]
         self.active_pairs = 1
-        self._offloads = 0  # of OFFLOADS, in force
+        self._offloads: int | None = None  # of OFFLOADS, as the driver said last; None: as negotiated
         self._rx_mode = dict.fromkeys(RX_MODES, False)
         self._table: tuple[list[bytes], list[bytes]] | None = None  # unicast, multicast; None: not told
         for index in range(1, self.pair_count):
@@ -137,7 +137,7 @@ class Net(VirtioDevice):
         if self.control_index != 2 * self.pair_count and self.has(CTRL_VQ):
             self.pairs[0].forward(self.queues[2].kick_fd, self.queues[2 * self.pair_count].kick_fd)
         try:
-            self._set_offloads(self._offloads or self.driver_features & ALL_OFFLOADS)
+            self._set_offloads()
             self._apply_filter()
             self._run(self.active_pairs if self.has(MQ) else 1)
         except HostError as error:
@@ -149,10 +149,21 @@ class Net(VirtioDevice):
             pair.forward(-1, -1)
         self.mac = self._factory_mac
         self.config = self._config()
-        self.active_pairs, self._offloads, self._table = 1, 0, None
+        self.active_pairs, self._offloads, self._table = 1, None, None
         self._rx_mode = dict.fromkeys(RX_MODES, False)
         for index in range(1, self.pair_count):
             self._attach(index, False)
+
+    def pause(self) -> None:
+        """Until ``resume`` nothing moves, and the driver has all chains that no packet came for."""
+        with self.lock:
+            for pair in self.pairs:
+                pair.stop()
+
+    def resume(self) -> None:
+        with self.lock:
+            if self.memory is not None:
+                self._run(self.active_pairs)
 
     def close(self) -> None:
         for pair in self.pairs:
@@ -161,6 +172,7 @@ class Net(VirtioDevice):
         self.tap.close()
 
     def state(self) -> "State":
+        """To be asked for while paused."""
         table = None if self._table is None else [[each.hex() for each in part] for part in self._table]
         return {
             "mac": self.mac.hex(),
@@ -188,11 +200,17 @@ class Net(VirtioDevice):
         for index, pair in enumerate(self.pairs):
             if index < count and not pair.running:
                 self.tap.set_attached(index, True)
-                pair.start()
+                self._start(pair)
             elif index >= count and pair.running:
                 self._attach(index, False)  # first, so that the host chooses among the others
                 pair.stop()
         self.active_pairs = count
+
+    def _start(self, pair: Pair) -> None:
+        try:
+            pair.start()
+        except RuntimeError as error:
+            raise HostError("start", f"a thread for {pair.name}", error) from error
 
     def _attach(self, index: int, attached: bool) -> None:
         try:
@@ -255,7 +273,8 @@ class Net(VirtioDevice):
         offloads = int.from_bytes(data, "little")
         if offloads & ~(self.driver_features & ALL_OFFLOADS):
             return False
-        return self._tried(lambda: self._set_offloads(offloads))
+        self._offloads = offloads
+        return self._tried(self._set_offloads)
 
     def _tried(self, action: "Callable[[], object]") -> bool:
         try:
@@ -265,14 +284,15 @@ class Net(VirtioDevice):
             return False
         return True
 
-    def _set_offloads(self, offloads: int) -> None:
+    def _set_offloads(self) -> None:
+        """Tell the TAP what the driver can take."""
+        offloads = self.driver_features & ALL_OFFLOADS if self._offloads is None else self._offloads
         told = (
             flag
             for feature, (flag, needed) in OFFLOADS.items()
             if offloads & feature and offloads & needed == needed
         )
         self.tap.set_offloads(sum(told))
-        self._offloads = offloads
 
     def _filter(self) -> bool:
         return self._tried(self._apply_filter)
@@ -325,7 +345,7 @@ def _addresses(data: bytes) -> "tuple[list[bytes] | None, bytes | None]":
 def open_net(config: "NetConfig", index: int) -> Net:
     """The device that ``config`` describes, the VM's ``index``-th. Raises HostError, and nothing is left."""
     name = config.id or f"_net{index}"
-    tap = taps.adopt([os.dup(fd) for fd in config.fd]) if config.fd else taps.open_tap(config.tap, config.num_queues // 2)
+    tap = taps.adopt(config.fd) if config.fd else taps.open_tap(config.tap, config.num_queues // 2)
     try:
         mtu = _set_up(tap, config)
         return Net(
