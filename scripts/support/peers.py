@@ -1,9 +1,10 @@
 """Programs of Debian 13 that tests talk to: unpacked into .cache/peers, beside the libraries they need.
 
-They run under their own suite's loader, so nothing of the host's system is touched, and no root is needed:
-``command("virtiofsd")`` is what to put before their arguments.
+They run under their own suite's loader, so nothing of the host's system is touched, and no root is needed.
+.cache/peers/bin has a script that starts each.
 """
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ LOADER = f"{LIBRARIES}/ld-linux-x86-64.so.2"
 
 def fetch(*, refresh: bool = False) -> None:
     """Have all programs in .cache/peers; what is there is kept."""
-    recipe = digest([SUITE.encode(), *(name.encode() for name in PACKAGES)])
+    recipe = digest([Path(__file__).read_bytes()])
     stamp = PEERS / "recipe"
     with only_one("peers"):
         if not refresh and stamp.exists() and stamp.read_text() == recipe:
@@ -30,15 +31,14 @@ def fetch(*, refresh: bool = False) -> None:
         archive.update()
         shutil.rmtree(PEERS, ignore_errors=True)
         archive.unpack(PACKAGES, PEERS)
+        for name, path in PROGRAMS.items():
+            _write_starter(name, path)
         stamp.write_text(recipe)
 
 
-def command(program: str) -> list[str]:
-    """The beginning of a command line that starts ``program``."""
-    path = PEERS / PROGRAMS[program]
-    return [str(PEERS / LOADER), "--library-path", str(PEERS / LIBRARIES), str(path)]
-
-
-def missing() -> list[Path]:
-    """Those programs that were not fetched."""
-    return [PEERS / path for path in PROGRAMS.values() if not (PEERS / path).exists()]
+def _write_starter(name: str, path: str) -> None:
+    words = [PEERS / LOADER, "--library-path", PEERS / LIBRARIES, PEERS / path]
+    starter = PEERS / "bin" / name
+    starter.parent.mkdir(exist_ok=True)
+    starter.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, words))} "$@"\n')
+    starter.chmod(0o755)

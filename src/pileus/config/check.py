@@ -178,7 +178,7 @@ def _disks(vm: "VmConfig") -> None:
             raise _at_odds("--disk", disk, ("queue_size",), "a queue's size is a power of two")
         _vhost_user("--disk", disk, "path", "readonly", "direct", "serial", "image_type")
         if not disk.vhost_user and disk.path is None:
-            raise _at_odds("--disk", disk, ("path",), "path= is required, or vhost_user=on with socket=")
+            raise _at_odds("--disk", disk, ("path",), "a path is required, or vhost_user=on with a socket")
         for other in vm.disks[:index]:
             if disk.id is not None and disk.id == other.id:
                 raise _at_odds("--disk", disk, ("id",), "another disk has this id already")

@@ -3,7 +3,7 @@
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -222,7 +222,7 @@ class FakeBackend:
                 self._set_vring(message, fds)
         return None, []
 
-    def _add_regions(self, regions: list[tuple[int, ...]], fds: list[int]) -> None:
+    def _add_regions(self, regions: Sequence[tuple[int, ...]], fds: list[int]) -> None:
         for (gpa, size, hva, offset), fd in zip(regions, fds, strict=True):
             self.regions.append((gpa, size, hva, offset))
             known = [] if self.memory is None else self.memory.regions

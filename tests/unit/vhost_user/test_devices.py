@@ -327,9 +327,10 @@ def test_the_loop_turns_while_a_new_back_end_says_nothing(room: Room) -> None:
     turned = threading.Event()
     room.loop.post(turned.set)
     assert turned.wait(PATIENCE / 5)
-    started = time.monotonic()
-    driver.close()
-    assert time.monotonic() - started < PATIENCE / 5
+    closed = threading.Event()
+    room.loop.post(driver.close)
+    room.loop.post(closed.set)
+    assert closed.wait(PATIENCE / 5)
 
 
 def test_a_server_waits_for_its_back_end(room: Room, tmp_path: Path) -> None:
@@ -338,7 +339,7 @@ def test_a_server_waits_for_its_back_end(room: Room, tmp_path: Path) -> None:
     server = Server(path)
     client = threading.Thread(target=lambda: _serve_at(path))
     client.start()
-    with pytest.raises(HostError, match="hung up"):
+    with pytest.raises(HostError, match=r"cannot .* the back-end"):
         VhostUserBlk("blk0", "--disk", server, room.loop)
     client.join(PATIENCE)
     assert not os.path.exists(path)
@@ -348,6 +349,7 @@ def _serve_at(path: str) -> None:
     until(lambda: os.path.exists(path))
     sock = Client(path).attempt()
     assert sock is not None
+    sock.settimeout(PATIENCE)
     sock.recv(1)
     sock.close()
 
@@ -416,11 +418,11 @@ def test_nonsense_ends_the_conversation_and_another_begins(room: Room) -> None:
 
 def test_nothing_is_left_after_close(room: Room) -> None:
     backend = room.backend()
+    room.loop.post(room.loop.stop)
     room.drive(VhostUserNet, mac=MAC_ADDRESS, num_queues=4).close()
     backend.close()
     before = set(os.listdir("/proc/self/fd"))
     backend = room.backend()
-    driver = room.drive(VhostUserNet, mac=MAC_ADDRESS, num_queues=4)
-    driver.close()
+    room.drive(VhostUserNet, mac=MAC_ADDRESS, num_queues=4).close()
     backend.close()
     assert set(os.listdir("/proc/self/fd")) == before

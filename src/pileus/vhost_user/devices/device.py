@@ -75,6 +75,7 @@ class VhostUserDevice(VirtioDevice):
         self._inflight: Inflight | None = None
         self._timer: Timer | None = None
         self._delay = FIRST_DELAY
+        self._since = 0.0  # when the present back-end was met
         self._closed = False
         self._meeting: Frontend | None = None  # that answers its first questions
         self._met = _thread.allocate_lock()  # held by the thread that asks them
@@ -117,6 +118,8 @@ class VhostUserDevice(VirtioDevice):
         if self._frontend is not None and self._frontend.state == RUNNING:
             self._try(self._stop)
         self._forget_inflight()
+        if self._frontend is not None:
+            self.features = self._offer(self._frontend)  # it may be another than the driver knew
 
     def call_changed(self, index: int) -> None:
         if self._frontend is not None and self._frontend.state == RUNNING and self.queues[index].active:
@@ -210,7 +213,7 @@ class VhostUserDevice(VirtioDevice):
                 frontend.negotiate()
                 self._judge(frontend)
                 self.config = self.refresh(frontend)
-                self.features = frontend.features & (self.known | RING_FEATURES | VERSION_1)
+                self.features = self._offer(frontend)
                 self._embrace(frontend)
             except BaseException:
                 frontend.close()
@@ -240,6 +243,9 @@ class VhostUserDevice(VirtioDevice):
                 self._option, f"num_queues {self.data_queues}", f"its back-end serves at most {most} queues"
             )
 
+    def _offer(self, frontend: Frontend) -> int:
+        return frontend.features & (self.known | RING_FEATURES | VERSION_1)
+
     @property
     def data_queues(self) -> int:
         """How many queues the back-end serves."""
@@ -248,6 +254,7 @@ class VhostUserDevice(VirtioDevice):
     def _embrace(self, frontend: Frontend) -> None:
         """On the loop's thread, or before it runs: from now on this is our back-end."""
         self._frontend = frontend
+        self._since = time.monotonic()
         self._loop.watch(frontend.fileno(), 0, lambda events: self._hung_up(frontend, events))
         if (requests := frontend.requests) is not None:
             self._loop.watch(requests.fileno(), select.EPOLLIN, lambda _: self._asked(frontend, requests))
@@ -265,7 +272,8 @@ class VhostUserDevice(VirtioDevice):
                 return
             log.limited(log.WARNING, f"{self.name}: {self._who} is gone; waiting for it to come back")
             self._part(frontend)
-        self._delay = FIRST_DELAY
+        if time.monotonic() - self._since > LAST_DELAY:
+            self._delay = FIRST_DELAY  # else it comes and goes, and is met ever more slowly
         self._attempt_later()
 
     def _attempt_later(self) -> None:
@@ -314,13 +322,10 @@ class VhostUserDevice(VirtioDevice):
         """On the loop's thread again."""
         with self.lock:
             self._meeting = None
-            if self._closed:
-                return
-            if failed:
+            if failed or self._closed:
                 frontend.close()
             else:
                 log.info(f"{self.name}: {self._who} is back")
-                self._delay = FIRST_DELAY
                 self._embrace(frontend)
         if failed:
             self._attempt_later()
@@ -328,7 +333,7 @@ class VhostUserDevice(VirtioDevice):
     def _take_up(self, frontend: Frontend) -> None:
         """The driver goes on with a new back-end, if it can do what the one before it could."""
         self._judge(frontend)
-        offered = frontend.features & (self.known | RING_FEATURES | VERSION_1)
+        offered = self._offer(frontend)
         config = self.refresh(frontend)
         if self.memory is None:
             self.features, self.config = offered, config
