@@ -66,6 +66,9 @@ class VirtioDevice:
     def resume(self) -> None:
         """Go on after ``pause``."""
 
+    def call_changed(self, index: int) -> None:
+        """The driver chose another interrupt for queue ``index``, which may be active."""
+
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes configuration; a device without writable fields ignores it."""
 

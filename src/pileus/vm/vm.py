@@ -14,11 +14,16 @@ if TYPE_CHECKING:
     from pileus.memory import GuestMemory
     from pileus.vm.vcpu import VcpuThread
 
+    class Timer(Protocol):
+        def cancel(self) -> None: ...
+
     class Loop(Protocol):
         """What a VM needs of the control loop."""
 
         def watch(self, fd: int, events: int, call: Callable[[int], None]) -> None: ...
         def unwatch(self, fd: int) -> None: ...
+        def after(self, seconds: float, call: Callable[[], None]) -> Timer: ...
+        def post(self, call: Callable[[], None]) -> None: ...
 
 
 EXIT_NAMES = {2: "port I/O", 6: "MMIO", 10: "signals"}  # <linux/kvm.h>, KVM_EXIT_*
