@@ -84,7 +84,7 @@ cdef enum:
     UNMAP = 1               # flag of a segment of WRITE_ZEROES
     WORKERS = 4             # threads at most, of one queue
     TURN = 1 << 20          # bytes, about: the driver hears of them while the next are being moved
-    LINGER = 500            # looks at the ring before it sleeps, some 20 us
+    LINGER = 1000           # looks at the ring before it sleeps, some 40 us
     MOST_SKIPS = 64         # sleeps without such looks
     PATIENCE = 10           # seconds for what is under way at the end; again as long for it to be cancelled
 
