@@ -173,8 +173,11 @@ class Case:
         self.driver.serve()
 
     def save(self) -> None:
-        if not self.device.kicked_in_python:  # engines have to rest for that
+        if type(self.device).__name__ != "Net":  # it does not pause yet
+            self.device.pause()
             self.driver.control.state()
+            if self.device.memory is not None:
+                self.device.resume()
 
 
 ACTIONS: dict[Callable[[Case], None], int] = {  # and how often

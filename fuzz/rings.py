@@ -1,17 +1,18 @@
-"""Hostile rings by the million: ``fuzz/rings.py [--cases N] [--derived N] [--seed N]``.
+"""Hostile rings by the million: ``fuzz/rings.py [--cases N] [--racing N] [--derived N] [--seed N]``.
 
 Invariant: whatever the rings hold, the compiled queue yields only buffers that are guest memory, no more at
 once than there are descriptors, and stops at the first broken rule; it touches no byte beside guest memory
 (the pages around it end the process), and it always comes to an end.
 
 ``--cases`` rings come from a seeded generator and are driven in compiled code: taken, completed, published,
-rewritten under way. ``--derived`` rings come from hypothesis, many out of each string of bytes it makes, and
-each chain and each fault is compared with a slow Python twin.
+rewritten under way. Those of ``--racing`` another thread rewrites all the time. Those of ``--derived`` are
+decoded from bytes that hypothesis makes, and each of their chains and faults is compared with a slow twin.
 """
 
 import argparse
 import random
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -33,11 +34,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="hostile rings by the million")
     parser.add_argument("--cases", type=int, default=MILLION, help="rings of the seeded generator")
     parser.add_argument("--derived", type=int, default=MILLION, help="rings decoded from hypothesis's bytes")
+    parser.add_argument("--racing", type=int, default=MILLION, help="rings that change while they are read")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     if options.cases:
         generated(options.cases, options.seed)
+    if options.racing:
+        racing(options.racing, options.seed)
     if options.derived:
         derived(options.derived, options.seed)
 
@@ -58,6 +62,28 @@ def generated(count: int, number: int) -> None:
             driver.close()
     tell("generated", count // 2 * 2, time.monotonic() - began, done)
     print(f"  {chains} chains were taken, each buffer of them touched")
+
+
+def racing(count: int, number: int) -> None:
+    began = time.monotonic()
+    with make_memory(RANGES, guarded=True) as memory:
+        driver, other = HostileDriver(memory, number), HostileDriver(memory, number + 1)
+        done = threading.Event()
+
+        def scribble() -> None:
+            while not done.is_set():
+                other.scribble(10_000)
+
+        thread = threading.Thread(target=scribble)
+        thread.start()
+        try:
+            driver.run(count)
+        finally:
+            done.set()
+            thread.join()
+        tell("changed by another thread meanwhile", count, time.monotonic() - began, driver.faults)
+        driver.close()
+        other.close()
 
 
 def derived(count: int, number: int) -> None:
@@ -82,7 +108,8 @@ def derived(count: int, number: int) -> None:
 
 
 def tell(what: str, count: int, seconds: float, faults: dict[str, int]) -> None:
-    print(f"{count} rings {what} in {seconds:.1f} s, {count / seconds:.0f} a second")
+    print(f"{count} rings {what} in {seconds:.1f} s, {count / seconds:.0f} a second", end="; ")
+    print(f"all so far took {time.process_time():.1f} s of processor time")
     for fault, times in sorted(faults.items(), key=lambda each: -each[1]):
         print(f"  {times:8} {fault}")
 

@@ -13,11 +13,13 @@ PATTERN = b"what lies in the backing file\n" * 1000
 DISKS = {  # serial number → what follows path= in --disk
     "raw": "",
     "qcow2": "",
+    "backed": "",  # a QCOW2 image, too
     "direct": ",direct=on",
     "readonly": ",readonly=on",
     "queues": ",num_queues=4",
     "holes": "",
 }
+QCOW2 = ["qcow2", "backed"]
 WRITABLE = ["raw", "qcow2", "direct", "queues"]
 
 
@@ -54,12 +56,12 @@ class Machine(System):
 
 
 def image_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.{'qcow2' if name == 'qcow2' else 'img'}"
+    return folder / f"{name}.{'qcow2' if name in QCOW2 else 'img'}"
 
 
 def _image(folder: Path, name: str) -> Path:
     path = image_path(folder, name)
-    if name == "qcow2":
+    if name in QCOW2:
         base = folder / "base.img"
         with base.open("wb") as file:
             file.truncate(96 * MIB)

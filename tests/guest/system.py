@@ -163,9 +163,9 @@ class System:
             input=command, capture_output=True, text=True, check=False, timeout=timeout, errors="replace",
         )  # fmt: skip
 
-    def check(self, command: str, timeout: float = COMMAND_TIMEOUT) -> str:
-        """Return what ``command`` printed; each of its lines must succeed."""
-        done = self.run(f"set -eu -o pipefail\n{command}", timeout)
+    def check(self, command: str, timeout: float = COMMAND_TIMEOUT, *, pipefail: bool = True) -> str:
+        """Return what ``command`` printed; each of its lines must succeed, and each part of a pipe."""
+        done = self.run(f"set -eu {'-o pipefail' if pipefail else ''}\n{command}", timeout)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}\n{self._story()}"
         return done.stdout.strip()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pileus.testing._image import ImageDriver
-from tests.peer.qemu_img import check, needs_qemu_img, qemu_img
+from tests.peer.qemu_img import check, memory_folder, needs_qemu_img, qemu_img
 from tests.unit.block.model import SECTOR, Model
 from tests.unit.block.opening import open_image
 
@@ -116,6 +116,11 @@ def pieces(kind: str, offset: int, length: int, data: bytes) -> Iterator[tuple[s
         yield kind, offset + at, min(SECTOR, length - at), data[at : at + SECTOR]
 
 
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    yield from memory_folder(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = tmp_path_factory.mktemp("shim") / "log_writes.so"
@@ -125,28 +130,32 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("option", "backed", "snapshot"),
+    ("option", "start", "snapshot"),
     [
-        ("cluster_size=4096", False, False),
-        ("cluster_size=512,refcount_bits=64", True, False),
-        ("cluster_size=65536", True, True),
-        ("cluster_size=4096,compat=0.10", False, True),
+        ("cluster_size=4096", "empty", False),
+        ("cluster_size=512,refcount_bits=64", "backed", False),
+        ("cluster_size=65536", "backed", True),
+        ("cluster_size=4096,compat=0.10", "empty", True),
+        ("cluster_size=16384", "compressed", False),
     ],
 )
 def test_a_crash_leaves_at_most_lost_clusters(
-    tmp_path: Path, shim: Path, option: str, backed: bool, snapshot: bool
+    tmp_path: Path, shim: Path, option: str, start: str, snapshot: bool
 ) -> None:
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
     path, log, size = tmp_path / "image", tmp_path / "log", MIB
     data = bytes(size)
-    words: list[object] = []
-    if backed:
-        data = rng.randbytes(size)
+    words: list[object]
+    if start != "empty":
+        data = rng.randbytes(size // 2) + b"pileus! " * (size // 16)
         (tmp_path / "base").write_bytes(data)
-        words = ["-b", tmp_path / "base", "-F", "raw"]
-    qemu_img("create", "-f", "qcow2", "-o", option, *words, path, size)
+    if start == "compressed":
+        qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", option, tmp_path / "base", path)
+    else:
+        words = ["-b", tmp_path / "base", "-F", "raw"] if start == "backed" else []
+        qemu_img("create", "-f", "qcow2", "-o", option, *words, path, size)
     if snapshot:
         model = Model(data, rng)
         with open_image(path) as image:

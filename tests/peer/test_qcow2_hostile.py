@@ -3,13 +3,14 @@
 import random
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pileus.errors import HostError
 from pileus.testing._image import ImageDriver
-from tests.peer.qemu_img import needs_qemu_img, qemu_img
+from tests.peer.qemu_img import memory_folder, needs_qemu_img, qemu_img
 from tests.unit.block.opening import open_image
 from tests.unit.block.twin import Twin
 
@@ -35,6 +36,11 @@ VALUES = [
     1 << 63,
     2**64 - 1,
 ]
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    yield from memory_folder(tmp_path)
 
 
 def tables(twin: Twin) -> list[tuple[int, int]]:

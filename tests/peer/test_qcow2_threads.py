@@ -2,12 +2,13 @@
 
 import random
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pileus.testing._image import ImageDriver
-from tests.peer.qemu_img import check, holds, needs_qemu_img, qemu_img
+from tests.peer.qemu_img import check, holds, memory_folder, needs_qemu_img, qemu_img
 from tests.unit.block.model import Model
 from tests.unit.block.opening import open_image
 
@@ -15,6 +16,11 @@ pytestmark = needs_qemu_img
 
 MIB, GIB = 1 << 20, 1 << 30
 THREADS = 4
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    yield from memory_folder(tmp_path)
 
 
 class Part(ImageDriver):

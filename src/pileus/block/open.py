@@ -30,12 +30,12 @@ def open_image(
     try:
         lock(fd, path, readonly=readonly)
         kind = format or _probe(fd, path)
+        if kind == QCOW2:
+            from pileus.block.qcow2 import open_qcow2
     except BaseException:
         os.close(fd)
         raise
     if kind == QCOW2:
-        from pileus.block.qcow2 import open_qcow2
-
         return open_qcow2(fd, path, readonly=readonly, direct=direct, open_backing=_opener(direct))
     try:
         return RawImage(fd, path, readonly=readonly, direct=direct, probed=format is None)

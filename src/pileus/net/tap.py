@@ -66,10 +66,13 @@ class Tap:
         self.set_offloads(0)
 
     def close(self) -> None:
-        """What was made here vanishes; the guest's filter does not outlive it anywhere."""
-        if self.fds and self.filtered and not self.made:
+        """What was made here vanishes; elsewhere no filter of the guest and no queue at rest is left."""
+        if self.fds and not self.made:
             try:
-                self.set_filter(None)
+                for index in range(len(self.fds)):
+                    self.set_attached(index, True)
+                if self.filtered:
+                    self.set_filter(None)
             except HostError:
                 pass  # its interface is gone
         while self.fds:
@@ -82,7 +85,7 @@ class Tap:
 
     def set_attached(self, index: int, attached: bool) -> None:
         """Whether the host puts frames into queue ``index`` of a TAP with more than one."""
-        if len(self.fds) == 1 or self._attached[index] == attached or self.macvtap:
+        if len(self.fds) == 1 or self._attached[index] == attached:
             return
         flags = IFF_ATTACH_QUEUE if attached else IFF_DETACH_QUEUE
         request = struct.pack("=16sH", b"", flags).ljust(IFREQ, b"\0")

@@ -247,6 +247,31 @@ cdef class HostileDriver:
                 self.faults[self.queue.broken] = self.faults.get(self.queue.broken, 0) + 1
         return count
 
+    def scribble(self, uint64_t count):
+        """Overwrite descriptors and heads, ``count`` times, wherever rings and tables of another driver may be.
+
+        For a thread beside one that is in ``run``: what was checked must be what is used.
+        """
+        with nogil:
+            while count:
+                count -= 1
+                self._scribble()
+
+    cdef void _scribble(self) noexcept nogil:
+        cdef uint8_t kind = self.byte()
+        cdef uint64_t place
+        if kind < 96:
+            place = 16 * self.below(MAX_SIZE)
+        elif kind < 160:
+            place = ISLAND_END - 16 * (1 + self.below(MAX_SIZE))
+        elif kind < 224:
+            place = self.tables[self.below(TABLES)] + 16 * self.below(3)
+        else:
+            place = 0x404 + 2 * self.below(MAX_SIZE) if kind < 240 else FAR + PAGE - 4 - 2 * self.below(MAX_SIZE)
+            (<volatile uint16_t *>self.memory.at(place, 2))[0] = self.below(MAX_SIZE + 1)
+            return
+        self._describe(<Descriptor *>self.memory.at(place, 16), self.below(4), 4)
+
     cdef int _drive(self) noexcept nogil:
         cdef uint16_t[MAX_SIZE] heads
         cdef uint32_t flying = 0, left = 4 * self.queue.size, which

@@ -60,6 +60,12 @@ class VirtioDevice:
     def reset(self) -> None:
         """Touch neither queues nor guest memory from here on; called before the queues are reset."""
 
+    def pause(self) -> None:
+        """Return when nothing is under way; what the driver offers meanwhile waits for ``resume``."""
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+
     def call_changed(self, index: int) -> None:
         """The driver chose another interrupt for queue ``index``, which may be active."""
 

@@ -7,12 +7,18 @@ opened for it; FakeDriver closes the device.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from pileus.config.model import DiskConfig, NetConfig
 from pileus.console import Sink
 from pileus.virtio.device import VirtioDevice
 from pileus.virtio.devices.balloon import Balloon
+from pileus.virtio.devices.blk import open_disk
 from pileus.virtio.devices.console import ConsoleDevice
+from pileus.virtio.devices.net import open_net
 from pileus.virtio.devices.rng import FileSource, Rng
+from tests.unit.net.namespace import Namespace
 
 
 @contextmanager
@@ -59,6 +65,24 @@ def bare_balloon() -> Iterator[VirtioDevice]:
     yield Balloon("balloon0")
 
 
+@contextmanager
+def net() -> Iterator[VirtioDevice]:
+    """On a TAP of two queue pairs, in a network of its own."""
+    with Namespace():
+        yield open_net(NetConfig(num_queues=4), 0)
+
+
+def disk(**more: object) -> "Factory":
+    @contextmanager
+    def make() -> Iterator[VirtioDevice]:
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "image")
+            path.write_bytes(bytes(1 << 20))
+            yield open_disk(DiskConfig(path=str(path), image_type="raw", **more), 0)  # type: ignore[arg-type]
+
+    return make
+
+
 Factory = Callable[[], AbstractContextManager[VirtioDevice]]
 
 FACTORIES: dict[str, Factory] = {
@@ -68,4 +92,8 @@ FACTORIES: dict[str, Factory] = {
     "stuck console": stuck_console,
     "balloon": balloon,
     "bare balloon": bare_balloon,
+    "net": net,
+    "disk": disk(),
+    "disk of four queues": disk(num_queues=4),
+    "read-only disk": disk(readonly=True),
 }

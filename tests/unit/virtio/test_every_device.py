@@ -1,6 +1,7 @@
 """What holds for every device: it lives through a hostile driver, and goes on from a saved state."""
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -135,22 +136,40 @@ def device_wants_input(device: VirtioDevice) -> None:
         feed(b"input")
 
 
+LAZY = {"Net": {0, 2, 3}}  # queues that are looked at only when the host has something, or not at first
+PATIENCE = 10.0
+
+
+def eager(driver: FakeDriver) -> list[int]:
+    """Queues that the device looks at when they are kicked."""
+    lazy = LAZY.get(type(driver.device).__name__, set())
+    return [index for index in range(len(driver.device.queues)) if index not in lazy]
+
+
+def until_it_needs_a_reset(driver: FakeDriver) -> None:
+    """An engine takes its time."""
+    deadline = time.monotonic() + PATIENCE
+    while not driver.config_interrupts:
+        assert time.monotonic() < deadline, "it takes no notice"
+        time.sleep(0.001)
+
+
 def stopped(driver: FakeDriver, queue: int) -> None:
     """Kick: nothing comes back, the driver is told, and after a reset all is well."""
-    before = driver.config_interrupts
+    driver.config_interrupts = 0
     driver.kick(queue)
+    until_it_needs_a_reset(driver)
     assert driver.used(queue) == []
     assert driver.status & status.NEEDS_RESET
-    assert driver.config_interrupts == before + 1
     driver.kick(queue)
-    assert driver.config_interrupts == before + 1, "it is told once"
+    assert driver.config_interrupts == 1, "it is told once"
     driver.start()
     assert driver.status == READY
 
 
 @pytest.mark.parametrize("bad", BAD_DESCRIPTORS.values(), ids=list(BAD_DESCRIPTORS))
 def test_a_bad_descriptor_stops_the_device_until_it_is_reset(driver: FakeDriver, bad: dict[str, int]) -> None:
-    for queue in driver.device.python_queues:
+    for queue in eager(driver):
         device_wants_input(driver.device)
         driver.write_descriptor(0, **bad, queue=queue)
         driver.offer(0, queue)
@@ -158,14 +177,14 @@ def test_a_bad_descriptor_stops_the_device_until_it_is_reset(driver: FakeDriver,
 
 
 def test_a_head_outside_the_table_stops_the_device(driver: FakeDriver) -> None:
-    for queue in driver.device.python_queues:
+    for queue in eager(driver):
         device_wants_input(driver.device)
         driver.offer(driver.rings[queue].size, queue)
         stopped(driver, queue)
 
 
 def test_an_index_that_jumps_stops_the_device(driver: FakeDriver) -> None:
-    for queue in driver.device.python_queues:
+    for queue in eager(driver):
         device_wants_input(driver.device)
         driver.rings[queue].set_available(driver.rings[queue].size + 1)
         stopped(driver, queue)
@@ -194,23 +213,23 @@ def test_writes_to_its_configuration_are_harmless(driver: FakeDriver, size: int)
 # -- saving ---------------------------------------------------------------------------------------
 
 
-@every_device
+@pytest.mark.parametrize("factory", [each for name, each in FACTORIES.items() if name != "net"])
 @pytest.mark.parametrize("event_idx", [True, False], ids=["event-idx", "flags"])
 def test_a_saved_device_goes_on_where_it_was(factory: Factory, event_idx: bool) -> None:
-    """In the middle of its rings, with chains offered that nobody looked at yet."""
+    """In the middle of its rings, with chains offered that nobody looked at yet.
+
+    An interface gives nothing back unasked; ``devices/test_net.py`` has a test of its own.
+    """
     with factory() as first, FakeDriver(first, event_idx=event_idx) as driver:
-        ask = usable_request(driver)
-        if ask is None:
-            pytest.skip("it gives nothing back unasked")
-        queue, readable, writable = ask
+        queue, readable, writable = usable_request(driver)
         for _ in range(5):
             driver.add(readable, writable, queue)
             driver.kick(queue)
         came = len(driver.wait(queue, 5))
         for _ in range(2):
             driver.add(readable, writable, queue)
-        with first.lock:
-            state = driver.control.state()
+        first.pause()
+        state = driver.control.state()
         with factory() as second:
             driver.move(second, state)
             assert driver.status == READY
@@ -224,20 +243,22 @@ def test_a_saved_device_goes_on_where_it_was(factory: Factory, event_idx: bool) 
             driver.close()
 
 
-def usable_request(driver: FakeDriver) -> tuple[int, list[bytes], list[int]] | None:
+def usable_request(driver: FakeDriver) -> tuple[int, list[bytes], list[int]]:
     """A queue and buffers that this device answers by itself."""
     known: dict[str, tuple[int, list[bytes], list[int]]] = {
         "Rng": (0, [], [16]),
         "ConsoleDevice": (1, [b"words"], []),
         "Balloon": (0, [bytes([64, 0, 0, 0])], []),
+        "Blk": (0, [bytes(16)], [512, 1]),  # read sector 0
     }
-    return known.get(type(driver.device).__name__)
+    return known[type(driver.device).__name__]
 
 
 @every_device
 def test_a_state_is_plain_and_restores_to_itself(factory: Factory) -> None:
     with factory() as first, FakeDriver(first) as driver:
         busy(driver)
+        first.pause()
         state = driver.control.state()
         assert plain(state)
         with factory() as second:
@@ -265,5 +286,7 @@ def test_a_state_of_another_device_is_refused(factory: Factory) -> None:
         control = Control(device, driver.memory)
         with pytest.raises(ValueError, match="queues were saved"):
             control.restore(state | {"queues": state["queues"] * 2})
+        with pytest.raises(ValueError, match="no queue is in the state"):
+            control.restore(state | {"queues": [{**each, "next_used": 1 << 16} for each in state["queues"]]})
         with pytest.raises(ValueError, match="its driver uses features"):
             control.restore(state | {"features": 1 << 63})

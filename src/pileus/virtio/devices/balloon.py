@@ -34,6 +34,7 @@ F_REPORTING = 1 << 5
 CONFIG = struct.Struct("<II")  # num_pages: what we want; actual: what the driver gave
 ACTUAL = 4  # its offset
 
+MAX_PAGES = (1 << 32) - 1  # that can be asked for: 16 TiB
 MAX_LIST = 16 << 10  # bytes of a list of page numbers; Linux sends 1 KiB
 PAGES_PER_KICK = 4096
 BYTES_PER_KICK = 1 << 30  # of reported pages
@@ -82,7 +83,7 @@ class Balloon(VirtioDevice):
         self.queue_sizes = (QUEUE_SIZE,) * (2 + free_page_reporting + statistics)
         super().__init__(name)
         self.statistics: dict[str, int] = {}  # what the driver told last
-        self.config = CONFIG.pack(size >> PAGE_SHIFT, 0)
+        self.config = CONFIG.pack(min(size >> PAGE_SHIFT, MAX_PAGES), 0)
         self._stats_chain: Chain | None = None  # the driver's buffer; to give it back asks for news
         self._parts: dict[int, int] = {}  # huge page -> its pages in the balloon, a bit each
 
@@ -99,7 +100,8 @@ class Balloon(VirtioDevice):
     def resize(self, size: int) -> None:
         """Ask for ``size`` bytes instead; the driver gets there in its own time, or never."""
         with self.lock:
-            self.reconfigure(CONFIG.pack(size >> PAGE_SHIFT, self.actual >> PAGE_SHIFT))
+            pages = min(size >> PAGE_SHIFT, MAX_PAGES)
+            self.reconfigure(CONFIG.pack(pages, self.actual >> PAGE_SHIFT))
 
     def request_statistics(self) -> bool:
         """Ask for news, which then replace ``statistics``; false while the driver is not listening."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DEFAULT_IP, DEFAULT_MASK = "192.168.249.1", "255.255.255.0"  # of the host, on a TAP that is made here
 USUAL_MTU = 1500
 CONTROL_QUEUE_SIZE = 64
+COMMAND_BATCH = 16  # commands in a row
 MAX_COMMAND = 64 << 10  # bytes of a control command: a table of MAC addresses is the longest
 MAX_ADDRESSES = 1024  # of a table; more are as good as promiscuous
 
@@ -136,12 +137,9 @@ class Net(VirtioDevice):
             )
         if self.control_index != 2 * self.pair_count and self.has(CTRL_VQ):
             self.pairs[0].forward(self.queues[2].kick_fd, self.queues[2 * self.pair_count].kick_fd)
-        try:
-            self._set_offloads()
-            self._apply_filter()
-            self._run(self.active_pairs if self.has(MQ) else 1)
-        except HostError as error:
-            raise GuestError(str(error)) from error
+        self._set_offloads()
+        self._apply_filter()
+        self._run(self.active_pairs if self.has(MQ) else 1)
 
     def reset(self) -> None:
         for pair in self.pairs:
@@ -162,7 +160,7 @@ class Net(VirtioDevice):
 
     def resume(self) -> None:
         with self.lock:
-            if self.memory is not None:
+            if self.memory is not None and not self.failed:
                 self._run(self.active_pairs)
 
     def close(self) -> None:
@@ -183,9 +181,11 @@ class Net(VirtioDevice):
         }
 
     def restore(self, state: "State") -> None:
-        """In force once the device is activated."""
-        self.mac = bytes.fromhex(state["mac"])
-        self.active_pairs, self._offloads = state["pairs"], state["offloads"]
+        """In force once the device is activated. Raises ValueError for a state that is not this device's."""
+        mac, pairs = bytes.fromhex(state["mac"]), state["pairs"]
+        if not mac_address.is_unicast(mac) or not 1 <= pairs <= self.pair_count:
+            raise ValueError(f"{self.name}: {pairs} queue pairs were saved, there are {self.pair_count}")
+        self.mac, self.active_pairs, self._offloads = mac, pairs, state["offloads"]
         self._rx_mode = {int(command): on for command, on in state["rx_mode"].items()}
         table = state["table"]
         self._table = table and tuple([bytes.fromhex(each) for each in part] for part in table)
@@ -221,9 +221,13 @@ class Net(VirtioDevice):
     # -- the control queue ------------------------------------------------------------------------
 
     def handle_queue(self, index: int) -> None:
-        queue = self.queues[index]
+        queue, budget = self.queues[index], COMMAND_BATCH
         for chain in queue:
             queue.push_used(chain, self._answer(chain))
+            budget -= 1
+            if budget == 0:  # others on the control loop come first
+                os.eventfd_write(self.queues[2 * self.pair_count].kick_fd, 1)
+                break
 
     def _answer(self, chain: "Chain") -> int:
         if not chain.writable_len:

@@ -178,6 +178,7 @@ def test_a_packet_that_the_chains_are_too_few_for_waits_a_while(card: Card) -> N
 
 
 def test_but_not_for_ever(card: Card) -> None:
+    card.hold(0.01)
     card.offer(1000)
     card.host.send(frame(bytes(1400)))
     card.host.send(frame(b"the next"))
@@ -370,6 +371,11 @@ def test_what_was_not_negotiated_is_not_sent(plain: Card, forbidden: dict[str, i
     assert plain.counter("tx_dropped") == 1
 
 
+def test_a_packet_larger_than_any_is_dropped(card: Card) -> None:
+    card.send(header() + frame(bytes(66000), to=HOST_MAC))
+    assert card.counter("tx_dropped") == 1
+
+
 @pytest.mark.parametrize("length", range(1, 13))
 def test_a_packet_that_is_no_more_than_a_header_is_dropped(card: Card, length: int) -> None:
     card.send(bytes(length))
@@ -405,6 +411,17 @@ def test_a_host_that_is_down_drops_packets(host: Namespace, card: Card) -> None:
     sender.send(frame(b"up again"))
     assert card.receive().frame == frame(b"up again")
     sender.close()
+
+
+def test_a_tap_that_is_gone_takes_nothing_and_costs_nothing(host: Namespace, card: Card) -> None:
+    card.offer(2048)
+    host.ip("link", "del", card.net.tap.name)
+    before = cpu_ticks(card)
+    for _ in range(3):
+        card.send(header() + frame(to=HOST_MAC))
+    time.sleep(0.2)
+    assert cpu_ticks(card) - before <= 2
+    assert card.counter("tx_dropped") == 3
 
 
 # -- the control queue ----------------------------------------------------------------------------
@@ -458,6 +475,15 @@ def test_any_bytes_are_answered(card: Card, data: bytes, room: int) -> None:
     card.driver.add(readable=[data] if data else [], writable=[room], queue=2)
     card.driver.kick(2)
     assert [used.length for used in card.driver.wait(2)] == [1]
+
+
+def test_many_commands_leave_the_control_loop_to_others_in_between(card: Card) -> None:
+    for _ in range(20):
+        card.driver.add(readable=[b"\0\0\1"], writable=[1], queue=2)
+    card.net.kicked(2)
+    assert len(card.driver.used(2)) == 16
+    card.driver.serve()
+    assert len(card.driver.used(2)) == 4
 
 
 def test_a_new_address_stands_in_the_configuration_until_a_reset(card: Card) -> None:
@@ -575,8 +601,9 @@ def test_what_the_driver_asked_for_is_restored(wide: Card) -> None:
     again.net.restore(state)
     assert again.net.state() == state
     assert again.driver.read_config(0, 6) == b"\2\0\0\0\0\5"
-    again.driver.close()
-    again.host.close()
+    with pytest.raises(ValueError, match=r"^_net0: 5 queue pairs were saved, there are 4$"):
+        again.net.restore({**state, "pairs": 5})
+    again.close()
 
 
 def test_the_mtu_is_set_and_told(host: Namespace) -> None:
@@ -681,6 +708,45 @@ def test_what_cannot_be_set_up_leaves_nothing(host: Namespace, config: dict[str,
     with pytest.raises(HostError) as caught:
         net.open_net(NetConfig(**config), 0)
     assert str(caught.value).startswith(sentence)
+
+
+DESCRIPTORS = st.fixed_dictionaries(
+    {
+        "gpa": st.sampled_from([0x2000, 0x3FFF_F000, (64 << 20) - 100, 1 << 32, 1 << 40, (1 << 64) - 8]),
+        "length": st.sampled_from([0, 1, 11, 12, 100, 2000, 70000, 1 << 31, (1 << 32) - 1]),
+        "flags": st.integers(0, 7),
+        "next": st.sampled_from([0, 1, 2, 3, 255, 256, 65535]),
+    }
+)
+
+
+@given(
+    table=st.lists(DESCRIPTORS, min_size=1, max_size=4),
+    heads=st.lists(st.sampled_from([0, 1, 2, 3, 255, 256, 65535]), min_size=1, max_size=6),
+    queue=st.sampled_from([0, 1]),
+    jump=st.sampled_from([0, 0, 0, 1, 300, 40000]),
+)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_hostile_driver_harms_itself_alone(
+    card: Card, table: list[dict[str, int]], heads: list[int], queue: int, jump: int
+) -> None:
+    """Whatever lies in its rings; after a reset the device works as if nothing had been."""
+    for index, entry in enumerate(table):
+        card.driver.write_descriptor(index, queue=queue, **entry)
+    for head in heads:
+        card.driver.offer(head, queue)
+    card.driver.rings[queue].set_available(card.driver.rings[queue].next_available + jump)
+    card.host.send(frame(bytes(1000)))
+    card.driver.kick(queue)
+    card.host.send(frame(bytes(100)))
+    card.driver.start()
+    card.came.clear()
+    sent = frame(os.urandom(16).hex().encode())
+    card.offer(4096, count=20)
+    card.host.send(sent)
+    while card.receive().frame != sent:
+        pass
+    card.send(header() + frame(to=HOST_MAC))
 
 
 # -- an engine without a TAP: a socket that loses nothing and can be full ---------------------------

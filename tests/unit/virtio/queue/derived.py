@@ -14,11 +14,16 @@ class Judge:
     def __init__(self) -> None:
         self.memory = make_memory(RANGES, guarded=True)
         self.driver = HostileDriver(self.memory)
-        self.twin_memory = TwinMemory([(gpa, bytearray(size)) for gpa, size in RANGES])
+        self.views = [self.memory.view(gpa, size) for gpa, size in RANGES]
+        self.twin_memory = TwinMemory(
+            [(gpa, view) for (gpa, _), view in zip(RANGES, self.views, strict=True)]
+        )
         self.faults: dict[str, int] = {}
 
     def close(self) -> None:
         self.driver.close()
+        for view in self.views:
+            view.release()
         self.memory.close()
 
     def judge(self, data: bytes) -> int:
@@ -32,10 +37,8 @@ class Judge:
         return self.driver.rings - before
 
     def _compare(self) -> str | None:
-        """Nobody completes a chain here, so that memory stands still; the fault both found."""
+        """Nobody completes a chain here, so that memory stands still for both; the fault they found."""
         queue = self.driver.queue
-        for gpa, data in self.twin_memory.regions:
-            data[:] = self.memory.view(gpa, len(data))
         twin = QueueTwin(
             self.twin_memory,
             queue.size,

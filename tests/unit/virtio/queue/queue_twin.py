@@ -34,12 +34,12 @@ class Taken(NamedTuple):
 
 
 class TwinMemory:
-    """Regions of bytes at (gpa, bytearray), ascending."""
+    """Regions of bytes at (gpa, bytes), ascending."""
 
-    def __init__(self, regions: list[tuple[int, bytearray]]) -> None:
+    def __init__(self, regions: "list[tuple[int, bytearray | memoryview]]") -> None:
         self.regions = regions
 
-    def locate(self, gpa: int) -> tuple[bytearray, int] | None:
+    def locate(self, gpa: int) -> "tuple[bytearray | memoryview, int] | None":
         """The region of ``gpa`` and the offset in it."""
         for base, data in self.regions:
             if base <= gpa < base + len(data):

@@ -1,5 +1,6 @@
 """Rings in bulk, which ``fuzz/rings.py`` makes a million of."""
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -24,6 +25,27 @@ def test_a_hundred_thousand_hostile_rings_break_no_promise(tracked: bool) -> Non
         assert set(driver.faults) == set(FAULTS.values()) - UNREACHED
         assert driver.chains > 50_000
         driver.close()
+
+
+def test_rings_that_change_while_they_are_read_break_no_promise() -> None:
+    with make_memory(RANGES, guarded=True) as memory:
+        driver, other = HostileDriver(memory, seed=1), HostileDriver(memory, seed=2)
+        done = threading.Event()
+
+        def scribble() -> None:
+            while not done.is_set():
+                other.scribble(10_000)
+
+        thread = threading.Thread(target=scribble)
+        thread.start()
+        try:
+            driver.run(50_000)
+        finally:
+            done.set()
+            thread.join()
+        assert driver.chains > 10_000
+        driver.close()
+        other.close()
 
 
 @pytest.fixture(scope="module")
