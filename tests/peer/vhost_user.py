@@ -13,7 +13,9 @@ from pileus.testing import FakeDriver
 from pileus.vhost_user.devices.device import VhostUserDevice
 from pileus.vmm.loop import Loop
 
-PROGRAMS = Path(__file__).parents[2] / ".cache" / "peers" / "bin"
+PEERS = Path(__file__).parents[2] / ".cache" / "peers"
+PROGRAMS = PEERS / "bin"
+LIBRARIES = PEERS / "usr/lib/x86_64-linux-gnu"
 PATIENCE = 10.0
 
 

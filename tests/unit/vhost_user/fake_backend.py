@@ -131,15 +131,19 @@ class FakeBackend:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            self._connection = Connection(sock, "the front-end", protocol.FRONTEND, asks=False)
-            try:
-                while True:
-                    self._connection.allow(PATIENCE)
-                    self._serve(*self._connection.receive())
-            except PileusError:
-                pass
-            finally:
-                self._forget()
+            self.converse(sock)
+
+    def converse(self, sock: socket.socket) -> None:
+        """Serve the front-end at the other end of ``sock`` until it is gone."""
+        self._connection = Connection(sock, "the front-end", protocol.FRONTEND, asks=False)
+        try:
+            while True:
+                self._connection.allow(PATIENCE)
+                self._serve(*self._connection.receive())
+        except PileusError:
+            pass
+        finally:
+            self._forget()
 
     def _forget(self) -> None:
         assert self._connection is not None

@@ -213,8 +213,7 @@ def test_pairs_are_remembered_for_the_next_back_end(room: Room) -> None:
     room.backends[0].close()
     assert set_pairs(driver, 4, 2) == b"\0"
     backend = room.backend()
-    until(running(driver))
-    assert [vring.enabled for vring in backend.vrings[:4]] == [True] * 4
+    backend.wait_for(lambda: all(vring.enabled for vring in backend.vrings[:4]))
 
 
 def test_without_mq_the_control_queue_comes_third(room: Room) -> None:
@@ -333,8 +332,34 @@ def test_the_loop_turns_while_a_new_back_end_says_nothing(room: Room) -> None:
     assert closed.wait(PATIENCE / 5)
 
 
-def test_a_server_waits_for_its_back_end(room: Room, tmp_path: Path) -> None:
+def test_a_server_takes_one_back_end_after_the_other(room: Room, tmp_path: Path) -> None:
     """The other way round: here the device listens."""
+    path = str(tmp_path / "server")
+    server = Server(path)
+    backend = room.backend(serve=False)
+
+    def connect() -> threading.Thread:
+        sock = Client(path).attempt()
+        assert sock is not None
+        thread = threading.Thread(target=backend.converse, args=(sock,))
+        thread.start()
+        return thread
+
+    thread = connect()
+    driver = FakeDriver(VhostUserBlk("blk0", "--disk", server, room.loop), shared=True)
+    room.drivers.append(driver)
+    for count in range(2, 4):
+        backend.drop()
+        thread.join(PATIENCE)
+        until(lambda: device_of(driver)._frontend is None)
+        thread = connect()
+        backend.wait_for(lambda: backend.names().count("SET_OWNER") == count)  # noqa: B023
+        until(running(driver))
+    backend.drop()
+    thread.join(PATIENCE)
+
+
+def test_a_back_end_that_comes_and_leaves_is_refused(room: Room, tmp_path: Path) -> None:
     path = str(tmp_path / "server")
     server = Server(path)
     client = threading.Thread(target=lambda: _serve_at(path))

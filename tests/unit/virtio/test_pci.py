@@ -234,6 +234,24 @@ def test_a_vector_beyond_the_table_reads_back_as_none(driver: Driver) -> None:
     assert driver.device.queues[0].call_fd == -1
 
 
+def test_a_device_hears_of_another_vector_while_it_runs(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[int, int]] = []
+    device = driver.device
+    monkeypatch.setattr(
+        device, "call_changed", lambda index: heard.append((index, device.queues[index].call_fd))
+    )
+    driver.start()
+    heard.clear()
+    driver.store(QUEUE_SELECT, 2, 1)
+    for number in (0, NO_VECTOR):
+        driver.store(QUEUE_VECTOR, 2, number)
+    assert [index for index, _ in heard] == [1, 1]
+    assert heard[0][1] >= 0
+    assert heard[1][1] == -1
+
+
 def test_features_come_in_two_words(driver: Driver) -> None:
     words = []
     for select in range(3):
