@@ -96,7 +96,7 @@ class _Builder:
             VcpuThread(index, vcpu, self.ports, self.mmio, self.report, affinity.get(index))
             for index, vcpu in enumerate(vcpus)
         ]
-        return Vm(memory, threads, (self.ports, self.mmio), self.cleanup)
+        return Vm(memory, threads, (self.ports, self.mmio), self.cleanup, self.devices)
 
     def _add_memory(self) -> GuestMemory:
         memory = backing.allocate(self.config.memory, layout.ram_ranges(self.config.memory.size))
@@ -147,9 +147,9 @@ class _Builder:
 
     def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
-        made = list(devices.make(self.config, self.cleanup))
+        self.devices = list(devices.make(self.config, self.cleanup))
         carrier = self._carrier(memory)
-        for device in made:
+        for device in self.devices:
             carrier.add(device)
             for index in device.python_queues:
                 self._serve(device, index)

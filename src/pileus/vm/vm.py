@@ -1,8 +1,10 @@
 """One VM: what the builder made, its threads, and its end."""
 
 import _thread
+import errno
 
 from pileus.cleanup import Cleanup
+from pileus.errors import KvmError
 from pileus.vm.vcpu import STACK_SIZE
 
 TYPE_CHECKING = False
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
     from pileus.bus import Bus
     from pileus.memory import GuestMemory
+    from pileus.virtio.device import VirtioDevice
     from pileus.vm.vcpu import VcpuThread
 
     class Loop(Protocol):
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
         def unwatch(self, fd: int) -> None: ...
 
 
+PLAIN = str.maketrans(" /", "__")
 EXIT_NAMES = {2: "port I/O", 6: "MMIO", 10: "signals"}  # <linux/kvm.h>, KVM_EXIT_*
 
 
@@ -33,8 +37,10 @@ class Vm:
         threads: "list[VcpuThread]",
         buses: "tuple[Bus, ...]",
         cleanup: Cleanup,
+        devices: "list[VirtioDevice]",
     ) -> None:
         self.memory = memory
+        self.devices = devices
         self._buses = buses
         self.threads = threads
         self._cleanup = cleanup
@@ -49,6 +55,47 @@ class Vm:
                 self._started.append(thread)
         finally:
             _thread.stack_size(before)
+
+    def pause(self) -> None:
+        """Take the vCPUs out of the guest, then keep the devices from its memory; both is done on return."""
+        self._park()
+        for device in self.devices:
+            device.pause()
+
+    def resume(self) -> None:
+        """Let devices and vCPUs go on.
+
+        Nobody stopped the guest's clocks: time has gone by for it as for the host, so that its date is right.
+        But its watchdogs are told that it was not its fault.
+        """
+        for device in self.devices:
+            device.resume()
+        for thread in self._started:
+            try:
+                thread.vcpu.note_pause()
+            except KvmError as error:
+                if error.errno != errno.EINVAL:  # a guest that does not use kvmclock
+                    raise
+        self._unpark()
+
+    def send_nmi(self) -> None:
+        """An NMI to each vCPU, as the button of that name on a server: a guest may dump itself for it."""
+        self._park()  # KVM takes it between two KVM_RUN only
+        try:
+            for thread in self._started:
+                thread.vcpu.inject_nmi()
+        finally:
+            self._unpark()
+
+    def _park(self) -> None:
+        for thread in self._started:
+            thread.ask_to_park()
+        for thread in self._started:
+            thread.wait_until_parked()
+
+    def _unpark(self) -> None:
+        for thread in self._started:
+            thread.unpark()
 
     def stop(self) -> None:
         """Take the vCPUs out of the guest and end their threads."""
@@ -71,6 +118,16 @@ class Vm:
             for reason, count in thread.vcpu.exits.items():
                 total[reason] = total.get(reason, 0) + count
         return total
+
+    def counters(self) -> "dict[str, dict[str, int]]":
+        """What devices count, by their names, and the exits of the vCPUs."""
+        found: dict[str, dict[str, int]] = {}
+        for device in self.devices:
+            if own := device.counters():
+                found[device.name] = own
+        exits = ((EXIT_NAMES.get(reason, f"exit {reason}"), count) for reason, count in self.exits.items())
+        found["vcpus"] = {name.lower().translate(PLAIN): count for name, count in exits}
+        return found
 
     def usage(self) -> "Iterator[str]":
         """What the guest's exits were for, a line each: what a user tunes."""
