@@ -41,7 +41,15 @@ TOOL_REQUIREMENTS = {
     "build": ["cython>=3.1,<4", "setuptools>=68", "wheel"],
     "test": ["ruff>=0.6", "mypy>=1.11"],
 }
-VENV_REQUIREMENTS = {"test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100"]}
+VENV_REQUIREMENTS = {
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3",
+        "hypothesis>=6.100",
+        "openapi-spec-validator>=0.7",
+        "schemathesis>=4,<5",
+    ]
+}
 
 
 def main(arguments: list[str]) -> int:
