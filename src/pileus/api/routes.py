@@ -227,6 +227,13 @@ ROUTES = (
         response="VmCounters",
         errors=(404, 409),
     ),
+    Route(
+        "PUT",
+        "vm.power-button",
+        "Ask the guest to shut down, by its ACPI power button",
+        act=Vmm.press_power_button,
+        errors=(404, 409),
+    ),
     Route("PUT", "vm.nmi", "Send an NMI to each vCPU", act=Vmm.send_nmi, errors=(404, 409)),
 )
 PATHS: dict[str, dict[str, Route]] = {}

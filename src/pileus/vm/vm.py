@@ -4,6 +4,7 @@ import _thread
 import errno
 
 from pileus.cleanup import Cleanup
+from pileus.devices.ged import POWER_BUTTON, Ged
 from pileus.errors import KvmError
 from pileus.vm.vcpu import STACK_SIZE
 
@@ -38,7 +39,9 @@ class Vm:
         buses: "tuple[Bus, ...]",
         cleanup: Cleanup,
         devices: "list[VirtioDevice]",
+        ged: Ged | None = None,
     ) -> None:
+        self._ged = ged
         self.memory = memory
         self.devices = devices
         self._buses = buses
@@ -77,6 +80,11 @@ class Vm:
                 if error.errno != errno.EINVAL:  # a guest that does not use kvmclock
                     raise
         self._unpark()
+
+    def press_power_button(self) -> None:
+        """Ask the guest, politely, to shut down; what it does is its own affair."""
+        assert self._ged is not None, "the VM was built without events"
+        self._ged.notify(POWER_BUTTON)
 
     def send_nmi(self) -> None:
         """An NMI to each vCPU, as the button of that name on a server: a guest may dump itself for it."""

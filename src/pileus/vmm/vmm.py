@@ -47,6 +47,7 @@ class Vmm:
     def __init__(self) -> None:
         self.loop = Loop()
         self.status = 0  # the process's exit status
+        self.is_served = False  # to clients, who may press the power button
         self.outlives_vm = False  # a guest that powers off leaves the process to the next one
         self.view = View(NONE, None, {})
         self._cleanup = Cleanup()
@@ -122,6 +123,10 @@ class Vmm:
         self._config = None
         self._turn_off(after)
 
+    def press_power_button(self) -> None:
+        step(self._state, "press the power button of")
+        self._running().press_power_button()
+
     def send_nmi(self) -> None:
         step(self._state, "send an NMI to")
         self._running().send_nmi()
@@ -186,7 +191,7 @@ class Vmm:
             untold.discard(event.kind)
             self._happened(vm, event)
 
-        vm = builder.build(self._config, self._kvm, self._console, report, self.loop)
+        vm = builder.build(self._config, self._kvm, self._console, report, self.loop, events=self.is_served)
         self._vm = vm
         try:
             vm.start()
@@ -303,6 +308,7 @@ def run(config: VmmConfig, serve: "Callable[[Control], Closeable] | None" = None
         if serve is not None:
             from pileus.vmm.control import Control
 
+            vmm.is_served = True
             api = serve(Control(vmm))
         if config.vm is None:
             vmm.outlives_vm = True

@@ -24,7 +24,7 @@ def fake_vms(monkeypatch: pytest.MonkeyPatch) -> list[FakeVm]:
     """No host is needed for VMs from now on; those made so far."""
     made: list[FakeVm] = []
 
-    def build(*_: Any) -> FakeVm:
+    def build(*_: Any, **__: Any) -> FakeVm:
         made.append(FakeVm())
         return made[-1]
 

@@ -58,7 +58,7 @@ def test_a_whole_life_and_another_one(real_api: Api, tmp_path: Path) -> None:
         put(client, "vm.boot")
         tiny.wait_until(lambda: counter(tmp_path) > 0)
         put(client, "vm.pause", "vm.resume", "vm.reboot", "vm.shutdown", "vm.boot")
-        assert client.get("vm.counters")[1]["vcpus"]
+        tiny.wait_until(lambda: bool(client.get("vm.counters")[1]["vcpus"]))
         put(client, "vm.delete")
         assert client.get("vm.info")[0] == 404
         assert (tmp_path / "serial").read_bytes() in (b"", b"A")
@@ -188,6 +188,16 @@ def test_a_hundred_vms_one_after_the_other_leave_nothing(real_api: Api, tmp_path
             held.append(tiny.held())
     assert len({each[:2] for each in held}) == 1
     assert held[-1].pages <= held[0].pages + 2
+
+
+def test_the_power_button_reaches_the_guest(real_api: Api, tmp_path: Path) -> None:
+    """One that looks at the port of events all the time, and powers off."""
+    wait = bytes.fromhex("66ba0605 ec a801 74fb")  # in al, 0x506; test al, 1; jz to the in
+    client = real_api.client()
+    assert client.put("vm.create", body(tmp_path, wait + tiny.POWER_OFF)) == 204
+    put(client, "vm.boot")
+    assert client.put("vm.power-button") == 204
+    wait_for_state(client, "Shutdown")
 
 
 def test_an_nmi_reaches_a_guest_without_a_handler_as_a_triple_fault(real_api: Api, tmp_path: Path) -> None:
