@@ -13,6 +13,7 @@ SCRIPTS = {
     "demo": "demo",
     "test": "suite",
     "bench": "bench",
+    "fuzz": "fuzz",
 }
 
 

@@ -43,15 +43,15 @@ def build(modules: Path, release: str) -> bytes:
 
 
 def tools() -> bytes:
-    """Return a cpio archive to append to any of these: ``TOOLS``, with the libraries they load."""
-    archive, libraries = Cpio(), set[str]()
+    """Return a cpio archive to append to any of these: ``TOOLS``, with the files they load."""
+    archive, files = Cpio(), {"/etc/mke2fs.conf"}
     for tool in TOOLS:
         archive.file(f"bin/{Path(tool).name}", Path(tool).read_bytes(), 0o755)
-        libraries.update(re.findall(r"(/\S+) \(0x", run(["ldd", tool])))
-    folders = {str(folder) for name in libraries for folder in Path(name).parents if folder != Path("/")}
+        files.update(re.findall(r"(/\S+) \(0x", run(["ldd", tool])))
+    folders = {str(folder) for name in files for folder in Path(name).parents if folder != Path("/")}
     for folder in sorted(folders):
         archive.directory(folder[1:])
-    for name in sorted(libraries):
+    for name in sorted(files):
         archive.file(name[1:], Path(name).read_bytes(), 0o755)
     return archive.finish()
 

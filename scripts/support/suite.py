@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support import guests
+from support import guests, system
 from support.host import CACHE, PYTHON, ROOT, TOOLS, ScriptError, run, say
 from support.nested import run_nested
 from support.setup import setup
@@ -90,7 +90,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _lint(_: list[str]) -> Outcome:
     tools = TOOLS / "bin"
-    sources = ["src", "tests", "scripts", "bench", "setup.py"]
+    sources = ["src", "tests", "scripts", "bench", "fuzz", "setup.py"]
     checks = [
         [str(tools / "ruff"), "check", "--quiet", *sources],
         [str(tools / "ruff"), "format", "--check", "--quiet", *sources],
@@ -162,9 +162,18 @@ def _guest(arguments: list[str]) -> Outcome:
     copy = [ROOT / ".venv", ROOT / "src", ROOT / "tests", *assets]
 
     def start(command: list[str]) -> int:
-        return run_nested(command, write=[RESULTS], copy=copy, timeout=GUEST_TIMEOUT)
+        return run_nested(
+            command,
+            write=[RESULTS],
+            copy=copy,
+            disks=system.scratch_disks(),
+            modules=["tun"],
+            timeout=GUEST_TIMEOUT,
+        )
 
-    outcome = _pytest("guest", start, ["-n", str(GUEST_WORKERS), *NEED_COMPLETE_KVM, *arguments])
+    # loadgroup: tests that share a guest run in one process.
+    spread = ["-n", str(GUEST_WORKERS), "--dist", "loadgroup"]
+    outcome = _pytest("guest", start, [*spread, *NEED_COMPLETE_KVM, *arguments])
     if any("KVM cannot run" in reason for reason in outcome.reasons):
         # They ran where scripts/nested put them, so that KVM should have been complete.
         say("the guest tests were skipped though this machine can run them")

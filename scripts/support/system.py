@@ -35,25 +35,33 @@ PACKAGES = [
 ]  # fmt: skip
 LEFT_OUT = ["/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*"]
 # What Debian would start although a machine of a few minutes has no use for it. Each start of a program
-# costs an emulated processor 50 ms and more.
+# costs an emulated processor up to a second.
 MASKED = [
+    # done by the initramfs, by devtmpfs or when the image was made
+    "kmod-static-nodes.service", "modprobe@.service", "systemd-modules-load.service",
+    "systemd-remount-fs.service", "systemd-tmpfiles-setup-dev-early.service",
+    "systemd-tmpfiles-setup-dev.service", "systemd-tmpfiles-setup.service", "systemd-sysctl.service",
+    "systemd-user-sessions.service", "systemd-firstboot.service", "systemd-sysusers.service",
+    "systemd-hwdb-update.service", "systemd-journal-catalog-update.service", "systemd-update-done.service",
+    "systemd-machine-id-commit.service", "ldconfig.service",
+    # chores
     "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",
-    "e2scrub_reap.service", "fstrim.timer", "systemd-tmpfiles-clean.timer", "systemd-logind.service",
-    "systemd-pcrmachine.service", "systemd-tpm2-setup.service", "systemd-tpm2-setup-early.service",
-    "systemd-networkd.service", "systemd-networkd.socket", "systemd-hwdb-update.service",
-    "systemd-journal-catalog-update.service", "systemd-update-done.service", "systemd-firstboot.service",
-    "systemd-update-utmp.service", "systemd-update-utmp-runlevel.service", "ldconfig.service",
-    "dev-mqueue.mount", "sys-kernel-debug.mount", "sys-kernel-tracing.mount", "sys-kernel-config.mount",
-    "sys-fs-fuse-connections.mount", "systemd-sysusers.service", "systemd-binfmt.service",
-    "getty@tty1.service", "ssh.socket", "systemd-rfkill.socket", "systemd-machine-id-commit.service",
-    "systemd-pstore.service", "getty-static.service", "systemd-random-seed.service",
-    "proc-sys-fs-binfmt_misc.automount", "systemd-udev-load-credentials.service", "systemd-sysext.socket",
-    "systemd-creds.socket", "systemd-hostnamed.socket", "systemd-initctl.socket",
-    "systemd-ask-password-console.path", "systemd-ask-password-wall.path", "dev-hugepages.mount",
+    "e2scrub_reap.service", "fstrim.timer", "systemd-tmpfiles-clean.timer", "systemd-random-seed.service",
+    "systemd-update-utmp.service", "systemd-update-utmp-runlevel.service", "systemd-pstore.service",
+    # file systems nobody here looks at; /tmp is on the disk
+    "dev-hugepages.mount", "dev-mqueue.mount", "proc-sys-fs-binfmt_misc.automount", "run-lock.mount",
+    "sys-fs-fuse-connections.mount", "sys-kernel-config.mount", "sys-kernel-debug.mount",
+    "sys-kernel-tracing.mount", "tmp.mount",
+    # services nobody here asks
+    "getty@tty1.service", "getty-static.service", "ssh.socket", "systemd-ask-password-console.path",
+    "systemd-ask-password-wall.path", "systemd-binfmt.service", "systemd-creds.socket",
+    "systemd-hibernate-clear.service", "systemd-hostnamed.socket", "systemd-initctl.socket",
+    "systemd-logind.service", "systemd-pcrextend.socket", "systemd-pcrlock.socket", "sshd-keygen.service",
+    "systemd-networkd.service", "systemd-networkd.socket", "systemd-pcrmachine.service",
+    "systemd-rfkill.socket", "systemd-sysext.socket", "systemd-tpm2-setup.service",
+    "systemd-tpm2-setup-early.service", "systemd-udev-load-credentials.service",
 ]  # fmt: skip
-# Loaded by name before udev looks around, so that the network is there when it does.
-EARLY_MODULES = ["virtio_mmio", "virtio_net"]
-GENERATORS_OFF = ["systemd-ssh-generator", "systemd-gpt-auto-generator", "systemd-hibernate-resume-generator"]
+GENERATORS = ["systemd-getty-generator"]  # kept: it starts a shell on each console of the kernel
 
 
 def build(*, refresh: bool = False) -> Path:
@@ -128,9 +136,9 @@ def _configure(root: Path) -> None:
         (units / unit).unlink(missing_ok=True)
         (units / unit).symlink_to("/dev/null")
     generators.mkdir(exist_ok=True)
-    for generator in GENERATORS_OFF:
-        (generators / generator).symlink_to("/dev/null")
-    (root / "etc/modules-load.d/pileus.conf").write_text("".join(f"{name}\n" for name in EARLY_MODULES))
+    for path in root.glob("usr/lib/systemd/system-generators/*"):
+        if path.name not in GENERATORS:
+            (generators / path.name).symlink_to("/dev/null")
     (root / "etc/machine-id").write_text(f"{os.urandom(16).hex()}\n")
     (root / "var/log/journal").mkdir(exist_ok=True)  # so that one boot can tell of the one before
 

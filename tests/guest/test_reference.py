@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.conftest import StartGuest
+from tests.guest.conftest import StartGuest, StartSystem
 from tests.guest.guest import TRIXIE, TRIXIE_PVH, Facts, Guest, Kernel
+from tests.guest.system import QUIET, System
 
 # The original asks for 488000 of 524288 kB from Clear Linux and Ubuntu kernels; Debian's image, its
 # page tables and its reserved ranges take about 50 MB.
@@ -139,3 +140,58 @@ def test_reboot(start: StartGuest, suite: str) -> None:
 
 def test_bzimage_reboot(start: StartGuest) -> None:
     reboots_once_then_powers_off(start(kernel=TRIXIE, do="shell"))
+
+
+# Over ssh, with a system on a disk: what the originals do.
+
+DISKS_AND_NET = pytest.mark.needs("--disk", "--net")
+
+
+def in_system(system: System) -> tuple[int, int, int]:
+    """Return the number of CPUs, MemTotal in kB, and the entropy available, as the originals ask for them."""
+    cpus, memory, entropy = system.check(
+        r"""
+        grep -c processor /proc/cpuinfo
+        grep MemTotal /proc/meminfo | grep -o '[0-9]*'
+        cat /proc/sys/kernel/random/entropy_avail
+        """
+    ).split()
+    return int(cpus), int(memory), int(entropy)
+
+
+@DISKS_AND_NET
+class TestSystem:
+    def test_simple_launch_and_bzimage_reboot(self, debian: StartSystem) -> None:
+        reboots = "journalctl | grep -c -- '-- Boot ' || true"  # the originals' systemd said "-- Reboot --"
+        system = debian(kernel=TRIXIE, serial="tty", console="off")
+        assert in_system(system)[0] == 1
+        assert system.check("grep 'initial apicid' /proc/cpuinfo | grep -o '[0-9]*'") == "0"
+        assert in_system(system)[1] > SMALL_MEMTOTAL_KB
+        assert in_system(system)[2] >= ENTROPY
+        assert system.check("cat /sys/bus/pci/devices/0000:00:00.0/class") == "0x060000"
+        assert system.check(reboots) == "0"
+        system.guest.expect("cloud login:")
+        system.reboot()
+        assert system.check(reboots) == "1"
+        assert system.power_off(force=False) == 0
+
+    @pytest.mark.needs("--pci")
+    def test_pci_msi_and_split_irqchip_and_virtio_console(self, debian: StartSystem, folder: Path) -> None:
+        (folder / "cloud-init.img").write_bytes(bytes(8 << 20))
+        system = debian(disks=(f"path={folder / 'cloud-init.img'}",), serial="null", console="tty")
+        assert system.check("grep -c PCI-MSI /proc/interrupts") == "12"
+        assert system.check("grep IO-APIC /proc/interrupts | grep -c timer || true") == "0"
+        assert system.check("grep IO-APIC /proc/interrupts | grep -c cascade || true") == "0"
+        vendors = system.check("grep -l 0x1043 /sys/bus/pci/devices/*/device | xargs dirname")
+        assert system.check(f"cat {vendors}/vendor") == "0x1af4"
+        system.check("echo 'a sentence for the console' >/dev/hvc0")
+        system.guest.expect("a sentence for the console")
+        assert system.power_off() == 0
+
+    def test_vmlinux_boot_noacpi(self, debian: StartSystem) -> None:
+        system = debian(kernel=TRIXIE_PVH, cmdline=f"{QUIET} acpi=off", cpus="1", console="tty")
+        cpus, memory, entropy = in_system(system)
+        assert cpus == 1
+        assert memory > SMALL_MEMTOTAL_KB
+        assert entropy >= ENTROPY
+        assert system.check("grep -c PCI-MSI /proc/interrupts") == "10"  # one disk less than the original

@@ -56,6 +56,19 @@ NEUTRAL: "dict[str, dict[str, tuple[Json, ...]]]" = {  # struct -> field -> valu
     "SerialConfig": {"iommu": (False, None)},
     "ConsoleConfig": {},
     "RngConfig": {},
+    "BalloonConfig": {},
+    "DiskConfig": {
+        "vhost_user": (False, None),
+        "vhost_socket": (None,),
+        "rate_limiter_config": (None,),
+        "rate_limit_group": (None,),
+        "pci_segment": (0, None),
+        "queue_affinity": NONE,
+        "disable_io_uring": (False, None),
+        "disable_aio": (False, None),
+        "backing_files": (False, None),
+        "sparse": (True, None),
+    },
     "NetConfig": {
         "vhost_user": (False, None),
         "vhost_socket": (None,),
@@ -67,9 +80,11 @@ NEUTRAL: "dict[str, dict[str, tuple[Json, ...]]]" = {  # struct -> field -> valu
 }
 DEFAULTS: "dict[str, dict[str, Json]]" = {  # today's defaults of what its clients cannot read as null
     "CpusConfig": {"max_phys_bits": 46},
-    "NetConfig": {},
 }
-NEVER_NULL = {"NetConfig": ("ip", "mask", "mac")}  # left out where today's clients cannot read null
+NEVER_NULL = {
+    "NetConfig": ("ip", "mask", "mac"),
+    "DiskConfig": ("image_type",),
+}  # left out where today's clients cannot read null
 
 
 def decode(body: "Json") -> VmConfig:

@@ -171,7 +171,7 @@ def info(view: "View") -> "dict[str, Any]":
     if view.config is None:
         raise StateError("describe", NONE, "it has to be created first")
     config = generations.encode(view.config)
-    for name, path in view.terminals.items():
+    for name, path in view.ptys.items():
         config[name]["file"] = path
     return {
         "config": config,

@@ -28,6 +28,9 @@ cdef class Image:
     cdef readonly uint32_t logical_block    # bytes, 512 or more
     cdef readonly uint32_t physical_block
     cdef readonly bint can_discard
+    # Nothing but bytes of ``fd`` at the same offsets, flushed by fdatasync: no need to ask ``map`` …
+    cdef readonly bint plain
+    cdef readonly uint64_t guarded      # … but for writes below this offset, which only ``write`` may do
 
     # Where [offset, offset + length) is, as far as one extent goes. An extent stays good until ``release``:
     # what it points at is given to nobody else in between. One release for each map that returned 0.

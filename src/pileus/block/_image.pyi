@@ -11,6 +11,8 @@ class Image:
     logical_block: int
     physical_block: int
     can_discard: bool
+    plain: bool
+    guarded: int
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,12 +1,11 @@
-from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from pileus._posix cimport iovec, pthread_mutex_t
-from pileus.block._image cimport Extent, Image
+from pileus.block._image cimport Image
+from pileus.block._cluster_set cimport ClusterSet
 from pileus.block._qcow2_compressed cimport Compressed
 from pileus.block._qcow2_frees cimport Frees
 from pileus.block._qcow2_mapping cimport Mapping
-from pileus.block._qcow2_refcounts cimport Refcounts
 from pileus.block._transfer cimport Cursor
 
 
@@ -31,31 +30,24 @@ cdef class Qcow2Image(Image):
     cdef readonly Image backing
     cdef readonly uint32_t version, cluster_bits
     cdef readonly uint32_t align
-    cdef readonly Refcounts refcounts           # None of an image that is open for reading
+    cdef pthread_mutex_t _lock, _writer
     cdef Mapping _mapping
     cdef Compressed _compressed
     cdef Frees _frees                           # under _lock
-    cdef pthread_mutex_t _lock, _writer
+    cdef ClusterSet _protected                  # where data must not be written; None if none is
     cdef uint64_t _users                        # extents that are out; under _lock
     cdef uint64_t _end                          # of the file, at least
-    cdef bint _extensible                       # a regular file, which grows by being written
     cdef int _failed                            # -errno of a write to the tables that may be half there
 
     cdef int _locate(self, uint64_t offset, uint64_t length, bint write, bint writer, Place *place) noexcept nogil
     cdef int _place(self, uint64_t offset, uint64_t length, bint write, Place *place) noexcept nogil
-    cdef int _read_place(self, Cursor *cursor, uint64_t offset, Place *place) noexcept nogil
-    cdef int _read(self, Cursor *cursor, uint64_t offset, uint64_t length, bint writer) noexcept nogil
-    cdef int _writable(self) noexcept nogil
-    cdef int _write(self, Cursor *cursor, uint64_t offset, uint64_t length) noexcept nogil
-    cdef int _allocate(self, Cursor *cursor, uint64_t offset, uint64_t length, uint64_t *done) noexcept nogil
-    cdef int _fill(self, uint64_t offset, uint64_t length, uint64_t host, bint fresh) noexcept nogil
-    cdef int _find(self, uint64_t cluster, void **slot) noexcept nogil
-    cdef int _own_table(self, uint64_t cluster) noexcept nogil
-    cdef int _replace(self, uint64_t cluster, uint64_t entry) noexcept nogil
-    cdef int _unmap(self, uint64_t offset, uint64_t length, bint zero, bint unmap) noexcept nogil
-    cdef int _clear(self, uint64_t cluster, bint zero, bint unmap) noexcept nogil
-    cdef int _write_zeroes(self, uint64_t offset, uint64_t length) noexcept nogil
-    cdef uint64_t _backed(self) noexcept nogil
-    cdef int _commit(self, bint stable) noexcept nogil
-    cdef int _free_old(self) noexcept nogil
     cdef int _end_of_use(self, int rc) noexcept nogil
+    cdef int _read_place(self, Cursor *cursor, uint64_t offset, Place *place) noexcept nogil
+    cdef int _read(self, Cursor *cursor, uint64_t offset, uint64_t length) noexcept nogil
+    cdef uint64_t _backed(self) noexcept nogil
+    # Write dirty tables back, with _writer; ``stable``: and all there is to stable storage.
+    cdef int _commit(self, bint stable) noexcept nogil
+
+
+cdef uint64_t total_length(const iovec *vectors, int count) noexcept nogil
+cdef int classify(Qcow2Image image, uint64_t entry, bint own, bint write, Place *place) noexcept nogil

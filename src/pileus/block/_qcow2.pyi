@@ -32,9 +32,7 @@ class Qcow2Image(Image):
         *,
         size: int,
         l1: tuple[int, int],
-        readonly: bool,
         direct: bool,
         align: int,
-        extensible: bool,
         backing: Image | None,
     ) -> None: ...

@@ -35,8 +35,8 @@ cdef class Frees:
         self.clusters += count
 
     cdef void all_quiet(self) noexcept nogil:
-        self._quiet = self._epoch
         if self._head != self._tail:
+            self._quiet = self._epoch
             self._epoch += 1
 
     cdef bint take(self, Run *run) noexcept nogil:

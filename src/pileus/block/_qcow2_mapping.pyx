@@ -11,6 +11,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
 from pileus.block._big_endian cimport load_be64, store_be64
+from pileus.block._cluster_set cimport ClusterSet
 from pileus.block._slice_cache cimport SliceCache, Slot
 from pileus.block._transfer cimport transfer_read, transfer_write
 
@@ -52,16 +53,21 @@ cdef class Mapping:
         free(self._l1)
         free(self._l1_dirty)
 
-    def tables(self):
-        """The host offset of each L2 table. Raises ValueError for an entry that is no such thing."""
-        cdef uint64_t index
-        found = []
+    def protect(self, ClusterSet clusters):
+        """Add each L2 table to ``clusters``. Raises ValueError for one that is there, or that is no table's place."""
+        cdef uint64_t index, entry
+        cdef int rc
         for index in range(self._l1_size):
-            if self._l1[index]:
-                if _bad_table(self._l1[index], self._cluster_bits):
-                    raise ValueError(f"entry {index} of its L1 table, {self._l1[index]:#x}, is no place of a cluster")
-                found.append(self._l1[index] & OFFSET_MASK)
-        return found
+            entry = self._l1[index]
+            if not entry:
+                continue
+            if _bad_table(entry, self._cluster_bits):
+                raise ValueError(f"entry {index} of its L1 table, {entry:#x}, is no place of a cluster")
+            rc = clusters.add((entry & OFFSET_MASK) >> self._cluster_bits)
+            if rc < 0:
+                raise MemoryError
+            if rc:
+                raise ValueError(f"entry {index} of its L1 table, {entry:#x}, lies on another of its tables")
 
     cdef uint64_t l1_entry(self, uint64_t cluster) noexcept nogil:
         cdef uint64_t index = cluster >> self.table_bits

@@ -9,6 +9,7 @@ from _thread import get_ident
 
 from pileus.block._image import Image
 from pileus.block._qcow2 import Qcow2Image
+from pileus.block._qcow2_writer import Qcow2Writer
 from pileus.block._transfer import direct_alignment, read_bytes, write_bytes
 from pileus.block.qcow2_header import (
     AUTOCLEAR_FEATURES_AT,
@@ -74,7 +75,9 @@ def _open(
 
     header = Header(_first_cluster(fd, read))
     if header.cluster_size < align:
-        raise ValueError(f"its clusters of {header.cluster_size} bytes are too small for direct I/O, by {align}")
+        raise ValueError(
+            f"its clusters of {header.cluster_size} bytes are too small for direct I/O, by {align}"
+        )
     if not readonly:
         _check_writable(header)
     snapshots = read_snapshots(header, read) if header.snapshot_count and (snapshot or not readonly) else []
@@ -89,19 +92,22 @@ def _open(
         header.check_l1(*l1, size, f"the L1 table of its snapshot {snapshot!r}")
     backing = _open_backing(fd, path, header, open_backing)
     try:
-        image = Qcow2Image(
+        size = -(-size // 512) * 512
+        if readonly:
+            return Qcow2Image(fd, path, header, size=size, l1=l1, direct=direct, align=align, backing=backing)
+        extensible = stat.S_ISREG(os.fstat(fd).st_mode)
+        image = Qcow2Writer(
             fd,
             path,
             header,
-            size=-(-size // 512) * 512,
+            size=size,
             l1=l1,
-            readonly=readonly,
             direct=direct,
             align=align,
-            extensible=stat.S_ISREG(os.fstat(fd).st_mode),
+            extensible=extensible,
             backing=backing,
         )
-        if not readonly and header.autoclear:
+        if header.autoclear:
             # What these describe (dirty bitmaps, say) goes stale with the first write.
             write_bytes(fd, align, AUTOCLEAR_FEATURES_AT, bytes(8))
             os.fdatasync(fd)
@@ -125,7 +131,9 @@ def _first_cluster(fd: int, read: "Callable[[int, int], bytes]") -> bytes:
 
 def _check_writable(header: Header) -> None:
     if header.incompatible & CORRUPT:
-        raise ValueError("it is marked corrupt; it can be opened for reading, or mended by qemu-img check -r all")
+        raise ValueError(
+            "it is marked corrupt; it can be opened for reading, or mended by qemu-img check -r all"
+        )
     if header.incompatible & DIRTY:
         raise ValueError(
             "its refcounts may be wrong (it is marked dirty); it can be opened for reading, or mended by "

@@ -59,7 +59,9 @@ class Header:
         if self.version not in (2, 3):
             raise ValueError(f"it is QCOW2 of version {self.version}; 2 and 3 are known")
         if not MIN_CLUSTER_BITS <= self.cluster_bits <= MAX_CLUSTER_BITS:
-            raise ValueError(f"its clusters have 2^{self.cluster_bits} bytes; 512 bytes to 2 MiB are supported")
+            raise ValueError(
+                f"its clusters have 2^{self.cluster_bits} bytes; 512 bytes to 2 MiB are supported"
+            )
         self.cluster_size = 1 << self.cluster_bits
         data = data[: self.cluster_size]
         self.incompatible = self.compatible = self.autoclear = 0
@@ -75,7 +77,7 @@ class Header:
         self._check_tables()
         self.backing_path = _backing_path(data, backing_offset, backing_length)
         form = self._extensions.get(EXTENSION_BACKING_FORMAT)
-        self.backing_format = None if form is None else _text(form, "the format of its backing file")
+        self.backing_format = None if form is None else _text(form, "its backing file's format")
         self.snapshot_l1: list[tuple[int, int]] = []  # offset, entries: filled in by who reads the snapshots
         self.snapshots_size = 0  # bytes
 
@@ -146,7 +148,11 @@ class Header:
         found = [
             (0, self.cluster_size, "its header"),
             (self.l1_offset, 8 * self.l1_size, "its L1 table"),
-            (self.refcount_table_offset, self.refcount_table_clusters << self.cluster_bits, "its refcount table"),
+            (
+                self.refcount_table_offset,
+                self.refcount_table_clusters << self.cluster_bits,
+                "its refcount table",
+            ),
             (self.snapshots_offset, self.snapshots_size, "its table of snapshots"),
             *((offset, 8 * entries, "the L1 table of a snapshot") for offset, entries in self.snapshot_l1),
         ]
@@ -166,7 +172,9 @@ def _extensions(data: bytes, at: int) -> dict[int, bytes]:
             break
         at += _EXTENSION.size
         if length > len(data) - at:
-            raise ValueError(f"its header extension {kind:#x} has {length} bytes, more than its first cluster")
+            raise ValueError(
+                f"its header extension {kind:#x} has {length} bytes, more than its first cluster"
+            )
         found.setdefault(kind, data[at : at + length])
         at += length + -length % 8
     return found
@@ -176,8 +184,8 @@ def _backing_path(data: bytes, offset: int, length: int) -> str | None:
     if not offset:
         return None
     if length > MAX_BACKING_NAME or offset + length > len(data):
-        raise ValueError(f"the name of its backing file, {length} bytes at {offset:#x}, is out of bounds")
-    return _text(data[offset : offset + length], "the name of its backing file") or None
+        raise ValueError(f"its backing file's name, {length} bytes at {offset:#x}, is out of bounds")
+    return _text(data[offset : offset + length], "its backing file's name") or None
 
 
 def _text(data: bytes, what: str) -> str:

@@ -15,6 +15,7 @@ _ENTRY = struct.Struct(">QIHHIIQII")  # 40 bytes, then extra data, ID, name
 _DISK_SIZE_AT = 8  # of the extra data: u64
 MAX_EXTRA = 1024  # bytes, as in QEMU
 MAX_TABLE = 64 << 20  # bytes
+MAX_L1_TOTAL = 256 << 20  # bytes of all snapshots' L1 tables
 
 
 class Snapshot:
@@ -25,13 +26,15 @@ class Snapshot:
 
 
 def read_snapshots(header: Header, read: "Callable[[int, int], bytes]") -> list[Snapshot]:
-    """All of them, by ``read(offset, length)``. Notes in ``header`` where their tables are. Raises ValueError."""
-    found = []
-    at = header.snapshots_offset
+    """All of them, by ``read(offset, length)``; ``header`` learns where they are. Raises ValueError."""
+    found: list[Snapshot] = []
+    at, total = header.snapshots_offset, 0
     for index in range(header.snapshot_count):
         l1_offset, l1_size, key_length, name_length, *_, extra_length = _ENTRY.unpack(read(at, _ENTRY.size))
         if extra_length > MAX_EXTRA:
-            raise ValueError(f"its snapshot {index} has {extra_length} bytes of extra data; {MAX_EXTRA} would do")
+            raise ValueError(
+                f"its snapshot {index} has {extra_length} bytes of extra data; {MAX_EXTRA} would do"
+            )
         variable = read(at + _ENTRY.size, extra_length + key_length + name_length)
         extra, strings = variable[:extra_length], variable[extra_length:]
         size = header.size
@@ -42,6 +45,9 @@ def read_snapshots(header: Header, read: "Callable[[int, int], bytes]") -> list[
         found.append(Snapshot(_name(key), _name(name), (l1_offset, l1_size), size))
         at += _ENTRY.size + len(variable)
         at += -at % 8
+        total += 8 * l1_size
+        if total > MAX_L1_TOTAL:
+            raise ValueError(f"the L1 tables of its snapshots have more than {MAX_L1_TOTAL} bytes")
         if at - header.snapshots_offset > MAX_TABLE:
             raise ValueError(f"its table of snapshots has more than {MAX_TABLE} bytes")
     header.snapshots_size = at - header.snapshots_offset
@@ -51,7 +57,10 @@ def read_snapshots(header: Header, read: "Callable[[int, int], bytes]") -> list[
 
 def find_snapshot(snapshots: list[Snapshot], wanted: str) -> Snapshot:
     """The one with this ID, or else with this name. Raises ValueError."""
-    for matches in ([each for each in snapshots if each.key == wanted], [s for s in snapshots if s.name == wanted]):
+    for matches in (
+        [each for each in snapshots if each.key == wanted],
+        [s for s in snapshots if s.name == wanted],
+    ):
         if matches:
             return matches[0]
     known = ", ".join(f"{each.key} ({each.name})" for each in snapshots[:16]) or "none"

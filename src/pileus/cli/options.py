@@ -34,8 +34,10 @@ GROUPS = {
         Option("--pci", "vm.pci"),
     ),
     "Devices": (
+        Option("--disk", "vm.disks", LIST),
         Option("--net", "vm.net", LIST),
         Option("--rng", "vm.rng"),
+        Option("--balloon", "vm.balloon"),
     ),
     "Terminals of the guest": (
         Option("--serial", "vm.serial"),

@@ -117,6 +117,12 @@ def _terminal(option: str, terminal: "SerialConfig") -> None:
             raise ConfigError(option, shown(f"{terminal.mode},{key}={path}"), allowed)
 
 
+def _balloon(vm: "VmConfig") -> None:
+    if vm.balloon is not None and vm.balloon.size > vm.memory.size:
+        allowed = f"the guest has {format_size(vm.memory.size)}"
+        raise _at_odds("--balloon", vm.balloon, ("size",), allowed)
+
+
 def _nets(vm: "VmConfig") -> None:
     for net in vm.net:
         _net(net)
@@ -148,6 +154,17 @@ def _net(net: "NetConfig") -> None:
         raise _at_odds("--net", net, ("ip", "mask"), "ip and mask are both of IPv4 or both of IPv6")
 
 
+def _disks(vm: "VmConfig") -> None:
+    for index, disk in enumerate(vm.disks):
+        if disk.queue_size & (disk.queue_size - 1):
+            raise _at_odds("--disk", disk, ("queue_size",), "a queue's size is a power of two")
+        for other in vm.disks[:index]:
+            if disk.id is not None and disk.id == other.id:
+                raise _at_odds("--disk", disk, ("id",), "another disk has this id already")
+            if disk.path == other.path and not (disk.readonly and other.readonly):
+                raise _at_odds("--disk", disk, ("path",), "another disk is this image; both need readonly=on")
+
+
 def _page_size(memory: "MemoryConfig") -> int:
     """What the size is a multiple of: the least huge page where the host will choose."""
     return (memory.hugepage_size or HUGE_PAGE_SIZES[0]) if memory.hugepages else PAGE_SIZE
@@ -157,4 +174,16 @@ def _at_odds(option: str, struct: "Struct", keys: tuple[str, ...], allowed: str)
     return ConfigError(option, shown(format_struct(struct, *keys)), allowed)
 
 
-RULES = (_vcpus, _topology, _affinity, _huge_pages, _memory_size, _memory_origin, _payload, _terminals, _nets)
+RULES = (
+    _vcpus,
+    _topology,
+    _affinity,
+    _huge_pages,
+    _memory_size,
+    _memory_origin,
+    _payload,
+    _terminals,
+    _disks,
+    _balloon,
+    _nets,
+)

@@ -36,6 +36,10 @@ MAX_QUEUE_SIZE = 32768  # virtio 1.2, 2.7
 MIN_MTU, MAX_MTU = 68, 65521  # <linux/if_ether.h>, and what a TAP's driver allows
 ID_LIMIT = 128
 
+MAX_DISK_QUEUES = 256
+MAX_DISK_QUEUE_SIZE = 1024  # a chain is no longer, and that is what one preadv takes
+SERIAL_LIMIT = 21  # one more than there is room for: virtio 1.2, 5.2.6
+
 PATH, SIZE, SWITCH = Path(), Size(), Switch()
 FD = Count(0, FD_MAX)
 VCPUS = Count(1, MAX_VCPUS)
@@ -183,6 +187,41 @@ class NetConfig(Struct):
     offload_ufo: bool = field(SWITCH, "let large UDP packets through whole", default=True)
 
 
+class DiskConfig(Struct):
+    """A disk, and the image of the host that holds it."""
+
+    path: str = field(PATH, "image file or block device")
+    readonly: bool = field(SWITCH, "let the guest read only", default=False)
+    direct: bool = field(SWITCH, "go around the host's page cache (O_DIRECT)", default=False)
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+    num_queues: int = field(Count(1, MAX_DISK_QUEUES), "queues, each with a thread of its own", default=1)
+    queue_size: int = field(Count(4, MAX_DISK_QUEUE_SIZE), "descriptors of each, a power of two", default=128)
+    serial: str | None = field(
+        Printable(SERIAL_LIMIT), "serial number that the guest sees", default=None, default_help="none"
+    )
+    id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_diskN")
+    image_type: str | None = field(
+        Choice("raw", "qcow2"),
+        "format of the image; a raw one that is not said to be raw keeps its guest from writing the first"
+        " bytes of another format",
+        default=None,
+        default_help="what it looks like",
+    )
+
+
+class BalloonConfig(Struct):
+    """Memory that the guest is asked to give back."""
+
+    size: int = field(SIZE, "how much, at first", default=0)
+    deflate_on_oom: bool = field(
+        SWITCH, "let the guest take it back rather than run out of memory", default=False
+    )
+    free_page_reporting: bool = field(
+        SWITCH, "let the guest tell of pages that it does not use, for the host to have", default=False
+    )
+    statistics: bool = field(SWITCH, "let the guest tell how it uses its memory", default=False)
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
@@ -192,13 +231,17 @@ class VmConfig(Struct):
     pci: bool = field(
         SWITCH, "carry virtio devices on PCI; off: on virtio-mmio, for guests without PCI", default=True
     )
+    disks: list[DiskConfig] = field(Many(DiskConfig), "disks", factory=lambda _: [])
     serial: SerialConfig = field(Nested(SerialConfig), "serial port", factory=lambda _: SerialConfig())
     console: ConsoleConfig = field(
         Nested(ConsoleConfig),
-        "virtio console, whose device is still to come; off by itself where --serial is tty",
+        "virtio console; off by itself where --serial is tty",
         factory=lambda vm: ConsoleConfig(mode="off" if vm.serial.mode == "tty" else "tty"),
     )
     rng: RngConfig = field(Nested(RngConfig), "entropy device", factory=lambda _: RngConfig())
+    balloon: BalloonConfig | None = field(
+        Nested(BalloonConfig), "memory balloon", default=None, default_help="none"
+    )
     net: list[NetConfig] = field(Many(NetConfig), "network interfaces", factory=lambda _: [])
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
         def output_ready(self) -> None:
             """The sink has room again."""
 
+        def resize(self, columns: int, rows: int) -> None:
+            """The terminal has this size now; 0 by 0 where it does not tell."""
+
     class Loop(Protocol):
         """What a console needs of the control loop."""
 
@@ -89,12 +92,23 @@ class Console:
         self._loop.watch(port.room_fd, READABLE, lambda _: self._room())
         self._deliver(b"")
         port.output_ready()
+        self.resized()
 
     def disconnect(self) -> None:
         """Keep further input for the next port: as much as one read, the rest stays where it is."""
         if self._port is not None and self._loop is not None:
             self._loop.unwatch(self._port.room_fd)
         self._port = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and rows of the other end; zeros where there are none, or it does not tell."""
+        return 0, 0
+
+    def resized(self) -> None:
+        """The other end may have another size: tell the port."""
+        if self._port is not None:
+            self._port.resize(*self.size)
 
     def restart(self) -> None:
         """The guest reboots."""

@@ -38,6 +38,11 @@ class PtyConsole(Console):
         os.set_blocking(master, False)
         self.sink.attach(master, PTY)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """What its user's program has set; nothing tells us when that changes."""
+        return os.get_terminal_size(self._output)
+
     def _read(self) -> bool:
         """Read all there is: an edge is told once."""
         while not self._held and super()._read():

@@ -54,6 +54,10 @@ class TtyConsole(Console):
             self.terminal.leave_raw()
         super().stop()
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return (0, 0) if self.terminal is None else self.terminal.size()
+
     def _wanted(self) -> dict[int, int]:
         """Do not read in the background: it would stop the whole process. SIGCONT tells of a change."""
         wanted = super()._wanted()
@@ -77,6 +81,7 @@ class TtyConsole(Console):
         assert self.terminal is not None
         os.eventfd_read(self.terminal.resumed_fd)
         self._watch()
+        self.resized()
 
     def _help(self) -> None:
         self.sink.write(HELP)

@@ -138,6 +138,9 @@ cdef class Serial(Device):
             if edge:
                 eventfd_signal(self.call_fd)
 
+    def resize(self, int columns, int rows):
+        """A serial line has no way to tell the guest; ``stty`` there, or ``resize``, has."""
+
     def state(self):
         """Registers as ints and queues as bytes. The vCPUs must be stopped."""
         return {

@@ -66,10 +66,13 @@ class Tap:
         self.set_offloads(0)
 
     def close(self) -> None:
-        """What was made here vanishes; the guest's filter does not outlive it anywhere."""
-        if self.fds and self.filtered and not self.made:
+        """What was made here vanishes; elsewhere no filter of the guest and no queue at rest is left."""
+        if self.fds and not self.made:
             try:
-                self.set_filter(None)
+                for index in range(len(self.fds)):
+                    self.set_attached(index, True)
+                if self.filtered:
+                    self.set_filter(None)
             except HostError:
                 pass  # its interface is gone
         while self.fds:
@@ -82,7 +85,7 @@ class Tap:
 
     def set_attached(self, index: int, attached: bool) -> None:
         """Whether the host puts frames into queue ``index`` of a TAP with more than one."""
-        if len(self.fds) == 1 or self._attached[index] == attached or self.macvtap:
+        if len(self.fds) == 1 or self._attached[index] == attached:
             return
         flags = IFF_ATTACH_QUEUE if attached else IFF_DETACH_QUEUE
         request = struct.pack("=16sH", b"", flags).ljust(IFREQ, b"\0")
@@ -141,7 +144,10 @@ def open_tap(name: str | None, queues: int) -> Tap:
 
 
 def adopt(fds: "Sequence[int]") -> Tap:
-    """The TAP behind inherited descriptors, a queue each. It owns them if this succeeds. Raises HostError."""
+    """The TAP behind inherited descriptors, a queue each. Raises HostError.
+
+    It works on copies of them: they stay open for the VM after a reboot.
+    """
     names = [_name_behind(fd) for fd in fds]
     for fd, (name, macvtap, flags) in zip(fds, names, strict=True):
         what = f"fd {fd}"
@@ -151,7 +157,7 @@ def adopt(fds: "Sequence[int]") -> Tap:
             raise HostError("use", what, f"{name} must be a TAP opened with IFF_NO_PI and IFF_VNET_HDR")
         if len(fds) > 1 and not flags & IFF_MULTI_QUEUE and not macvtap:
             raise HostError("use", what, f"{name} must be opened with IFF_MULTI_QUEUE for several fds")
-    return _prepared(Tap(names[0][0], fds, macvtap=names[0][1]))
+    return _prepared(Tap(names[0][0], [os.dup(fd) for fd in fds], macvtap=names[0][1]))
 
 
 def _prepared(tap: Tap) -> Tap:

@@ -48,11 +48,11 @@ class PciBus:
         with self._lock:
             for bar in function.bars:
                 bar.assign(function.config, allocate(self._windows if bar.wide else self._below_4g, bar.size))
-            function.config.after_write(COMMAND, 2, lambda _offset, _size: self._decode(function))
-            function.config.after_write(BARS, BARS_END - BARS, lambda _offset, _size: self._decode(function))
+            function.config.after_write(COMMAND, 2, lambda _offset, _size: self.decode(function))
+            function.config.after_write(BARS, BARS_END - BARS, lambda _offset, _size: self.decode(function))
             self.functions[slot << 3] = function
             self.table.add(slot << 3, function.config.data, function.config.slow)
-            self._decode(function)
+            self.decode(function)
         return slot
 
     def free_slot(self) -> int:
@@ -78,16 +78,20 @@ class PciBus:
             with self._lock:
                 function.config.write(register, size, value)
 
-    def _decode(self, function: "Function") -> None:
-        """Let each BAR of ``function`` answer where its registers say, and others where it made room."""
-        for bar in function.bars:
-            if bar.gpa is not None and bar.gpa != bar.wanted(function.config):
-                self._remove(bar)
-        for each in self.functions.values():
-            for bar in each.bars:
-                wanted = bar.wanted(each.config)
-                if bar.gpa is None and wanted is not None:
-                    self._place(each, bar, wanted)
+    def decode(self, function: "Function") -> None:
+        """Let each BAR of ``function`` answer where its registers say, and others where it made room.
+
+        Writes do this by themselves; after a restore of ``function`` it is to be called.
+        """
+        with self._lock:
+            for bar in function.bars:
+                if bar.gpa is not None and bar.gpa != bar.wanted(function.config):
+                    self._remove(bar)
+            for each in self.functions.values():
+                for bar in each.bars:
+                    wanted = bar.wanted(each.config)
+                    if bar.gpa is None and wanted is not None:
+                        self._place(each, bar, wanted)
 
     def _place(self, function: "Function", bar: "Bar", gpa: int) -> None:
         if not self._is_free(gpa, bar.size) or not self._insert(bar, gpa):

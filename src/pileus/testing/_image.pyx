@@ -2,6 +2,7 @@
 
 import os
 
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport EIO
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free
@@ -38,21 +39,27 @@ cdef class ImageDriver:
     def read(self, uint64_t offset, uint64_t length):
         """``length`` bytes."""
         cdef int rc
-        buffer = _Buffer(length)
-        cdef uint8_t *data = (<_Buffer>buffer).data
+        cdef bytes result = PyBytes_FromStringAndSize(NULL, length)
+        cdef char *place = result
+        cdef _Buffer aligned = _Buffer(length) if self.image.direct else None
+        cdef uint8_t *data = <uint8_t *>place if aligned is None else aligned.data
         with nogil:
             rc = self._move(data, length, offset, False)
         _check(rc)
-        return buffer.taken()
+        if aligned is not None:
+            memcpy(place, data, length)
+        return result
 
     def write(self, uint64_t offset, bytes data not None):
         cdef int rc
         cdef uint64_t length = len(data)
-        buffer = _Buffer(length)
-        cdef uint8_t *place = (<_Buffer>buffer).data
-        memcpy(place, <const char *>data, length)
+        cdef const char *place = data
+        cdef _Buffer aligned = _Buffer(length) if self.image.direct else None
+        if aligned is not None:
+            memcpy(aligned.data, place, length)
+            place = <const char *>aligned.data
         with nogil:
-            rc = self._move(place, length, offset, True)
+            rc = self._move(<uint8_t *>place, length, offset, True)
         _check(rc)
 
     def flush(self):
@@ -149,20 +156,15 @@ cdef int _move_in_place(uint8_t *data, Extent *extent, bint write) noexcept nogi
 cdef class _Buffer:
     """Memory aligned to a page, as O_DIRECT wants it."""
 
-    cdef uint64_t length
     cdef uint8_t *data
 
     def __cinit__(self, uint64_t length):
-        self.length = length
         if posix_memalign(<void **>&self.data, 4096, max(length, <uint64_t>1)):
             self.data = NULL
             raise MemoryError
 
     def __dealloc__(self):
         free(self.data)
-
-    def taken(self):
-        return (<char *>self.data)[:self.length]
 
 
 cdef class RawReader(Image):

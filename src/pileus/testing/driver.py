@@ -5,7 +5,7 @@ import select
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pileus.memory import GuestMemory
 from pileus.testing.memory import MIB, Heap, make_memory
@@ -14,6 +14,9 @@ from pileus.virtio import status
 from pileus.virtio.control import WORD, Control
 from pileus.virtio.device import VirtioDevice
 from pileus.virtio.queue._queue import F_EVENT_IDX, F_INDIRECT_DESC
+
+if TYPE_CHECKING:
+    from pileus.virtio.device import State
 
 TIMEOUT = 10.0  # seconds after which something will not happen any more
 
@@ -111,6 +114,22 @@ class FakeDriver:
     def reset(self) -> None:
         """Write 0 to the status. The rings stay where they were, which nobody reads any more."""
         self.control.set_status(0)
+
+    def move(self, device: VirtioDevice, state: "State") -> None:
+        """Go on with ``device``, restored from ``state``, as after a migration; close the old one.
+
+        Nothing but the device changes: rings, memory and what is in flight stay.
+        """
+        old, self.device = self.device, device
+        if old is not device:
+            self.control.reset()
+            old.close()
+        self.control = Control(device, self.memory)
+        self.control.interrupt = self._config_changed
+        for queue, fd in zip(device.queues, self._call_fds, strict=True):
+            queue.call_fd = fd
+        self.control.restore(state)
+        self.serve()
 
     def negotiate(self) -> None:
         """From reset to FEATURES_OK."""

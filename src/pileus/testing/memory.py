@@ -1,28 +1,70 @@
 """RAM for a guest that is none, and a place in it for each thing a driver needs."""
 
+import mmap
 import os
 from collections.abc import Iterable
 
 from pileus.memory import GuestMemory, Region
 
 MIB = 1 << 20
+PROT_NONE = 0
+GUARD = 16 * 4096
 CANARY = b"\xc5" * 16  # behind each block: a device that writes past a buffer changes it
 
 
-def make_memory(ranges: Iterable[tuple[int, int]], shared: bool = False) -> GuestMemory:
-    """RAM at ``ranges`` of (gpa, size); ``shared`` makes each a memfd, as a backend process needs it."""
+def make_memory(
+    ranges: Iterable[tuple[int, int]], shared: bool = False, guarded: bool = False
+) -> GuestMemory:
+    """RAM at ``ranges`` of (gpa, size), whole pages.
+
+    ``shared`` makes each a memfd, as a backend process needs it. ``guarded`` puts pages around each that end
+    the process when they are touched, and stay for its life.
+    """
     regions: list[tuple[int, Region]] = []
     try:
         for gpa, size in ranges:
-            fd = os.memfd_create("pileus-test", os.MFD_CLOEXEC) if shared else -1
-            if fd >= 0:
-                os.ftruncate(fd, size)
-            regions.append((gpa, Region(fd, size)))
+            regions.append((gpa, _guarded(size, shared) if guarded else _region(size, shared)))
         return GuestMemory(regions)
     except BaseException:
         for _, region in regions:
             region.close()
         raise
+
+
+def _region(size: int, shared: bool) -> Region:
+    if not shared:
+        return Region(-1, size)
+    fd = os.memfd_create("pileus-test", os.MFD_CLOEXEC)
+    os.ftruncate(fd, size)
+    return Region(fd, size)
+
+
+_guards: list[mmap.mmap] = []
+
+
+def _guarded(size: int, shared: bool) -> Region:
+    """Linux maps from the top down: what is mapped before and after surrounds it, once gaps are filled."""
+    gaps: list[Region] = []
+    for _ in range(1000):
+        _guards.append(mmap.mmap(-1, GUARD, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, PROT_NONE))
+        region = _region(size, shared)
+        _guards.append(mmap.mmap(-1, GUARD, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, PROT_NONE))
+        if _is_guard(region.hva - 1) and _is_guard(region.hva + size):
+            for each in gaps:
+                each.close()
+            return region
+        gaps.append(region)
+    raise OSError("the kernel maps no guard page beside a region")
+
+
+def _is_guard(hva: int) -> bool:
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            span, access, *_ = line.split()
+            start, end = (int(part, 16) for part in span.split("-"))
+            if start <= hva < end:
+                return access.startswith("---")
+    return False
 
 
 class Heap:

@@ -167,7 +167,7 @@ class Control:
     # -- saving -----------------------------------------------------------------------------------
 
     def state(self) -> "State":
-        """All that the driver set up, with the device's own state; nothing runs or is in flight."""
+        """All that the driver set up, with the device's own state; the VM and the device are paused."""
         device = self.device
         with device.lock:
             own = device.state()  # first: a device may give back chains that it holds
@@ -197,7 +197,10 @@ class Control:
                 raise ValueError(f"{device.name}: its driver uses features {accepted & ~device.offered:#x}")
             device.restore(state["device"])
             for queue, saved in zip(device.queues, queues, strict=True):
-                queue.restore(saved)
+                try:
+                    queue.restore(saved)
+                except OverflowError as error:
+                    raise ValueError(f"{device.name}: no queue is in the state {saved}") from error
             self.device_features_select = state["device_features_select"]
             self.driver_features_select = state["driver_features_select"]
             self.queue_select = state["queue_select"]

@@ -5,6 +5,7 @@ compiled queues overrides ``activate`` and ``reset`` to start and end its engine
 """
 
 import _thread
+import os
 
 from pileus import log
 from pileus.errors import PileusError
@@ -125,6 +126,10 @@ class VirtioDevice:
             except PileusError as error:
                 self.fail(str(error))
             self.queues[index].notify()  # of what was served before an error, too
+
+    def serve_again(self, index: int) -> None:
+        """Kick queue ``index`` ourselves: there is more to do, and others on the control loop come first."""
+        os.eventfd_write(self.queues[index].kick_fd, 1)
 
     def reconfigure(self, config: bytes) -> None:
         """Change the configuration and tell the driver."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pileus.memory import GuestMemory
     from pileus.pci.msix import Routes
-    from pileus.virtio.device import VirtioDevice
+    from pileus.virtio.device import State, VirtioDevice
 
     class Doorbells(Protocol):
         """Who makes a guest's write signal an eventfd: KVM's ioeventfds."""
@@ -92,6 +92,27 @@ class PciTransport(Function):
         self.control.reset()
         self._wire(None)
         self.msix.close()
+
+    def state(self) -> "State":
+        """The function and the device in it, as plain data; no vCPU runs and nothing is in flight."""
+        return {
+            "control": self.control.state(),
+            "vectors": self._common.state(),
+            "config_changed": self._isr.config_changed,
+            "msix": self.msix.state(),
+            "config": self.config.state(),
+        }
+
+    def restore(self, state: "State") -> None:
+        """Take ``state`` back on a new function; PciBus.decode then puts its BAR where it was.
+
+        Raises ValueError where this device is not what was saved.
+        """
+        self.config.restore(state["config"])
+        self.msix.restore(state["msix"])
+        self._isr.config_changed = bool(state["config_changed"])
+        self._common.restore(state["vectors"])
+        self.control.restore(state["control"])
 
     def _config_changed(self) -> None:
         self._isr.config_changed = True

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from pileus.pci.msix import Msix
     from pileus.virtio.control import Control
+    from pileus.virtio.device import State
 
     Read = Callable[["CommonConfig"], int]
     Write = Callable[["CommonConfig", int], None]
@@ -65,10 +66,8 @@ class CommonConfig(PythonDevice):
 
     @queue_vector.setter
     def queue_vector(self, number: int) -> None:
-        if (queue := self.control.queue) is not None:
-            number = self._existing(number)
-            self._queue_vectors[self.control.queue_select] = number
-            queue.call_fd = self._fd(number)
+        if self.control.queue is not None:
+            self._set_queue_vector(self.control.queue_select, number)
 
     def signal_config(self) -> None:
         """Raise the vector for a changed configuration, if there is one."""
@@ -80,6 +79,26 @@ class CommonConfig(PythonDevice):
         self._queue_vectors.clear()
         for queue in self.control.device.queues:
             queue.call_fd = -1
+
+    def state(self) -> "State":
+        vectors = [self._queue_vectors.get(index, NO_VECTOR) for index in range(self._queue_count)]
+        return {"config": self._config_vector, "queues": vectors}
+
+    def restore(self, state: "State") -> None:
+        """Take ``state`` back, before the queues are active. Raises ValueError if it is not one."""
+        if len(state["queues"]) != self._queue_count:
+            raise ValueError(f"{len(state['queues'])} queues had vectors, not {self._queue_count}")
+        self._config_vector = self._existing(state["config"])
+        for index, number in enumerate(state["queues"]):
+            self._set_queue_vector(index, number)
+
+    @property
+    def _queue_count(self) -> int:
+        return len(self.control.device.queues)
+
+    def _set_queue_vector(self, index: int, number: int) -> None:
+        self._queue_vectors[index] = number = self._existing(number)
+        self.control.device.queues[index].call_fd = self._fd(number)
 
     def _existing(self, number: int) -> int:
         """A vector that cannot be had reads back as none (4.1.5.1.2)."""

@@ -49,19 +49,20 @@ def build(
     console: "Console | None",
     report: "Callable[[Event], None]",
     loop: "Loop",
+    virtio_console: "Console | None" = None,
     *,
     events: bool = False,
 ) -> Vm:
     """A VM ready to start; nothing of it is left if this raises (PileusError).
 
-    ``console`` is the far end of the serial port, None for no serial port. ``report`` gets what the guest
-    does to the VM as a whole, on a vCPU's thread. ``loop`` serves the devices written in Python. With
-    ``events`` the guest has a power button; it costs a pin of the IOAPIC, and so a line of the guest's
-    /proc/interrupts, where release 0.3 had none.
+    ``console`` is the far end of the serial port, None for no serial port; likewise ``virtio_console``.
+    ``report`` gets what the guest does to the VM as a whole, on a vCPU's thread. ``loop`` serves the devices
+    written in Python. With ``events`` the guest has a power button; it costs a pin of the IOAPIC, and so a
+    line of the guest's /proc/interrupts, where release 0.3 had none.
     """
     cleanup = Cleanup()
     try:
-        return _Builder(config, kvm, console, report, loop, cleanup, events).build()
+        return _Builder(config, kvm, console, virtio_console, report, loop, cleanup, events).build()
     except BaseException:
         cleanup.close()
         raise
@@ -73,6 +74,7 @@ class _Builder:
         config: "VmConfig",
         kvm: "Kvm",
         console: "Console | None",
+        virtio_console: "Console | None",
         report: "Callable[[Event], None]",
         loop: "Loop",
         cleanup: Cleanup,
@@ -81,6 +83,7 @@ class _Builder:
         self.config = config
         self.kvm = kvm
         self.console = console
+        self.virtio_console = virtio_console
         self.report = report
         self.loop = loop
         self.cleanup = cleanup
@@ -162,7 +165,7 @@ class _Builder:
 
     def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
-        self.devices = list(devices.make(self.config, self.cleanup))
+        self.devices = list(devices.make(self.config, self.cleanup, self.virtio_console))
         carrier = self._carrier(memory)
         for device in self.devices:
             carrier.add(device)
@@ -185,7 +188,10 @@ class _Builder:
         fd = device.queues[index].kick_fd
 
         def kicked(_events: int) -> None:
-            os.eventfd_read(fd)
+            try:
+                os.eventfd_read(fd)
+            except BlockingIOError:
+                return  # a vCPU has reset the device meanwhile
             device.kicked(index)
 
         self.loop.watch(fd, READABLE, kicked)

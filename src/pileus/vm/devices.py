@@ -6,11 +6,26 @@ if TYPE_CHECKING:
 
     from pileus.cleanup import Cleanup
     from pileus.config.model import VmConfig
+    from pileus.console import Console
     from pileus.virtio.device import VirtioDevice
 
 
-def make(config: "VmConfig", cleanup: "Cleanup") -> "Iterator[VirtioDevice]":
-    """Each device, given to ``cleanup`` as it is made. Raises PileusError where the host refuses one."""
+def make(config: "VmConfig", cleanup: "Cleanup", console: "Console | None") -> "Iterator[VirtioDevice]":
+    """Each device, given to ``cleanup`` as it is made. Raises PileusError where the host refuses one.
+
+    ``console`` is the far end of the virtio console, None for no such device.
+    """
+    if console is not None:
+        from pileus.virtio.devices.console import make_console
+
+        port = cleanup.own(make_console(console))
+        console.connect(port)
+        cleanup.call(console.disconnect)
+        yield port
+    for index, disk in enumerate(config.disks):
+        from pileus.virtio.devices.blk import open_disk
+
+        yield cleanup.own(open_disk(disk, index))
     for index, net in enumerate(config.net):
         from pileus.virtio.devices.net import open_net
 
@@ -18,3 +33,7 @@ def make(config: "VmConfig", cleanup: "Cleanup") -> "Iterator[VirtioDevice]":
     from pileus.virtio.devices.rng import FileSource, Rng
 
     yield cleanup.own(Rng("rng0", cleanup.own(FileSource(config.rng.src))))
+    if config.balloon is not None:
+        from pileus.virtio.devices.balloon import make_balloon
+
+        yield cleanup.own(make_balloon(config.balloon))

@@ -18,23 +18,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pileus.cleanup import Closeable
-    from pileus.config.model import VmConfig
+    from pileus.config.model import SerialConfig, VmConfig
     from pileus.vm.vm import Vm
     from pileus.vmm.control import Control
 
 SIGHUP, SIGINT, SIGQUIT, SIGTERM = 1, 2, 3, 15  # <signal.h>; importing ``signal`` costs a start 4 ms
 ENDING_SIGNALS = {SIGHUP: "SIGHUP", SIGINT: "SIGINT", SIGQUIT: "SIGQUIT", SIGTERM: "SIGTERM"}
+SIGWINCH = 28  # the terminal has another size
 
 
 class View:
     """What there is to tell of the VM at one moment; never changed, so that any thread may read it."""
 
-    __slots__ = ("config", "state", "terminals")
+    __slots__ = ("config", "ptys", "state")
 
-    def __init__(self, state: str, config: "VmConfig | None", terminals: dict[str, str]) -> None:
+    def __init__(self, state: str, config: "VmConfig | None", ptys: dict[str, str]) -> None:
         self.state = state
         self.config = config
-        self.terminals = terminals  # of "serial" and "console": the pty that each is, while there is one
+        self.ptys = ptys  # of "serial" and "console": the pty that each is, while there is one
 
 
 class Vmm:
@@ -52,10 +53,11 @@ class Vmm:
         self.view = View(NONE, None, {})
         self._cleanup = Cleanup()
         self._cleanup.own(self.loop)
-        self._signals = self._cleanup.own(SignalFd(ENDING_SIGNALS))
+        self._signals = self._cleanup.own(SignalFd((*ENDING_SIGNALS, SIGWINCH)))
         self.loop.watch(self._signals.fd, READABLE, lambda _: self._signalled())
         self._kvm: Kvm | None = None
         self._ends = Cleanup()  # the host's ends of the VM, which outlive its reboots
+        self._serial: Console | None = None
         self._console: Console | None = None
         self._state = NONE
         self._config: VmConfig | None = None
@@ -148,31 +150,39 @@ class Vmm:
 
     def _enter(self, state: str) -> None:
         self._state = state
-        console = self._console
-        terminals = {"serial": console.path} if console is not None and console.path else {}
-        self.view = View(state, self._config, terminals)
+        ends = {"serial": self._serial, "console": self._console}
+        ptys = {
+            name: end.path
+            for name, end in ends.items()
+            if end is not None and end.path and getattr(self._config, name).mode == "pty"
+        }
+        self.view = View(state, self._config, ptys)
 
     def _open_ends(self, config: "VmConfig") -> None:
         if self._kvm is None:
             self._kvm = self._cleanup.own(Kvm())
-        if config.serial.mode == "off":
-            return
-        self._console = self._ends.own(
-            open_console(
-                config.serial.mode, config.serial.path or "", name="serial", warn=log.warning, quit=self._quit
-            )
-        )
-        self._console.start(self.loop)
-        if config.serial.mode == "tty":
-            log.newline = "\r\n"
-            self._ends.call(_plain_lines)
-        if config.serial.mode == "pty":
-            log.info(f"serial: the guest's serial port is {self._console.path}")
-            print(f"\tSerial: {self._console.path}", flush=True)
+        self._serial = self._open_console("serial", config.serial)
+        self._console = self._open_console("console", config.console)
 
     def _close_ends(self) -> None:
-        self._console = None
+        self._serial = self._console = None
         self._ends.close()
+
+    def _open_console(self, name: str, terminal: "SerialConfig") -> Console | None:
+        """The far end of a terminal of the guest, which outlives its reboots; None where that is off."""
+        if terminal.mode == "off":
+            return None
+        console = self._ends.own(
+            open_console(terminal.mode, terminal.path or "", name=name, warn=log.warning, quit=self._quit)
+        )
+        console.start(self.loop)
+        if terminal.mode == "tty":
+            log.newline = "\r\n"
+            self._ends.call(_plain_lines)
+        if terminal.mode == "pty":
+            log.info(f"{name}: the guest's terminal is {console.path}")
+            print(f"\t{name.capitalize()}: {console.path}", flush=True)
+        return console
 
     def _build(self) -> None:
         assert self._kvm is not None
@@ -191,7 +201,15 @@ class Vmm:
             untold.discard(event.kind)
             self._happened(vm, event)
 
-        vm = builder.build(self._config, self._kvm, self._console, report, self.loop, events=self.is_served)
+        vm = builder.build(
+            self._config,
+            self._kvm,
+            self._serial,
+            report,
+            self.loop,
+            self._console,
+            events=self.is_served,
+        )
         self._vm = vm
         try:
             vm.start()
@@ -203,8 +221,8 @@ class Vmm:
         """A new VM from the same configuration, once the old one is gone; consoles stay open."""
         self._end_vm()
         try:
-            if self._console is not None:
-                self._console.restart()
+            for console in self._consoles():
+                console.restart()
             self._build()
         except BaseException:
             self._close_ends()
@@ -271,8 +289,15 @@ class Vmm:
         else:
             self.finish(status)
 
+    def _consoles(self) -> list[Console]:
+        return [console for console in (self._serial, self._console) if console is not None]
+
     def _signalled(self) -> None:
         for number in self._signals.take():
+            if number == SIGWINCH:
+                for console in self._consoles():
+                    console.resized()
+                continue
             log.info(f"ending on {ENDING_SIGNALS[number]}")
             self.finish(128 + number)
 

@@ -27,7 +27,9 @@ def of_kind(kind: kinds.Kind) -> st.SearchStrategy[Any]:
 
 def of_struct(struct: type[Struct]) -> st.SearchStrategy[Any]:
     named = {name: of_kind(field.kind) for name, field in struct.fields.items()}
-    return st.fixed_dictionaries({}, optional=named).map(lambda values: struct(**values))
+    needed = {name: values for name, values in named.items() if struct.fields[name].required}
+    optional = {name: values for name, values in named.items() if name not in needed}
+    return st.fixed_dictionaries(needed, optional=optional).map(lambda values: struct(**values))
 
 
 def as_told(config: VmConfig) -> VmConfig:
@@ -57,7 +59,7 @@ def test_release_0_3_is_understood() -> None:
         "memory": {"size": 1 << 30, "file": None},
         "kernel": {"path": "/k"},
         "cmdline": {"args": "console=hvc0"},
-        "disks": None,
+        "disks": [{"path": "/d", "iommu": False}],
         "net": [
             {
                 "tap": None,
@@ -103,12 +105,28 @@ def test_today_is_understood() -> None:
         "memory": {"size": 1 << 30, "shared": True, "hotplug_method": "Acpi", "hotplug_size": None},
         "serial": {"mode": "Socket", "socket": "/s"},
         "console": {"mode": "Off"},
+        "disks": [
+            {
+                "path": "/d",
+                "readonly": True,
+                "direct": False,
+                "num_queues": 2,
+                "queue_size": 1024,
+                "vhost_user": False,
+                "image_type": "Raw",
+                "rate_limiter_config": None,
+            }
+        ],
+        "balloon": {"size": 0, "free_page_reporting": True},
         "platform": None,
         "watchdog": False,
     }
     config = generations.decode(body)
     assert (config.cpus.boot, config.cpus.max, config.cpus.topology) == (1, 4, (1, 4, 1, 1))
     assert config.cpus.affinity == {0: [1, 3]}
+    assert [(disk.path, disk.readonly, disk.image_type) for disk in config.disks] == [("/d", True, "raw")]
+    assert config.balloon is not None
+    assert config.balloon.free_page_reporting
     assert (config.serial.mode, config.serial.socket, config.console.mode) == ("socket", "/s", "off")
 
 

@@ -26,6 +26,7 @@ def body(folder: Path, code: bytes, cpus: int = 1) -> dict[str, Any]:
         "cmdline": {"args": ""},
         "cpus": {"cpu_count": cpus},
         "memory": {"size": 16 << 20, "file": str(folder / "ram")},
+        "console": {"mode": "Off"},
         "serial": {"mode": "File", "file": str(folder / "serial")},
     }
 

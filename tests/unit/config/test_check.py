@@ -9,6 +9,7 @@ from pileus.config.check import check, check_vm
 from pileus.config.declare import Struct
 from pileus.config.model import (
     ApiSocketConfig,
+    BalloonConfig,
     ConsoleConfig,
     CpusConfig,
     MemoryConfig,
@@ -86,6 +87,7 @@ BAD = {
         serial=SerialConfig(mode="file", file="/a"), console=ConsoleConfig(mode="socket", socket="/a")
     ),
     "--serial file: write file=PATH": VmConfig(serial=SerialConfig(mode="file")),
+    "--balloon size=1G: the guest has 512M": VmConfig(balloon=BalloonConfig(size=1 << 30)),
     "--console socket: write socket=PATH": VmConfig(console=ConsoleConfig(mode="socket")),
     "--serial tty,file=/a: only one of tty and file= is possible": VmConfig(
         serial=SerialConfig(mode="tty", file="/a")

@@ -9,8 +9,10 @@ from pileus.config.declare import Struct, field
 from pileus.config.kinds import Count, Kind, Nested, Path, Printable, Size, Switch
 from pileus.config.model import (
     ApiSocketConfig,
+    BalloonConfig,
     ConsoleConfig,
     CpusConfig,
+    DiskConfig,
     MemoryConfig,
     NetConfig,
     RngConfig,
@@ -20,7 +22,17 @@ from pileus.errors import ConfigError
 
 from .strategies import ARGUMENTS, of_struct
 
-STRUCTS = [CpusConfig, MemoryConfig, SerialConfig, ConsoleConfig, RngConfig, NetConfig, ApiSocketConfig]
+STRUCTS = [
+    CpusConfig,
+    MemoryConfig,
+    SerialConfig,
+    ConsoleConfig,
+    RngConfig,
+    NetConfig,
+    DiskConfig,
+    BalloonConfig,
+    ApiSocketConfig,
+]
 
 
 class Disk(Struct):

@@ -18,6 +18,7 @@ class FakePort:
         self.room = room
         self.got = b""
         self.chances = 0
+        self.sizes: list[tuple[int, int]] = []
 
     def feed(self, data: bytes) -> int:
         taken = data[: self.room]
@@ -31,6 +32,9 @@ class FakePort:
 
     def output_ready(self) -> None:
         self.chances += 1
+
+    def resize(self, columns: int, rows: int) -> None:
+        self.sizes.append((columns, rows))
 
     def close(self) -> None:
         os.close(self.room_fd)

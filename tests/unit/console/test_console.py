@@ -193,3 +193,17 @@ def test_a_truncated_file_gets_no_hole(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(HostError, match=f"cannot write the output of serial to {tmp_path}: Is a directory"):
         open_console("file", str(tmp_path), name="serial")
+
+
+def test_the_port_hears_of_the_size_when_it_is_connected_and_when_it_changes(bench: Bench) -> None:
+    class Sized(Console):
+        size = (80, 25)
+
+    with Sized() as console:
+        bench.serve(console)
+        assert bench.port.sizes == [(80, 25)]
+        console.resized()
+        assert bench.port.sizes == [(80, 25)] * 2
+        console.disconnect()
+        console.resized()
+        assert bench.port.sizes == [(80, 25)] * 2

@@ -23,6 +23,9 @@ class Port:
     def output_ready(self) -> None:
         pass
 
+    def resize(self, columns: int, rows: int) -> None:
+        pass
+
 
 def say(text: str) -> None:
     os.write(2, text.encode() + b"\r\n")

@@ -136,14 +136,28 @@ GOOD = tap.IFF_TAP | tap.IFF_NO_PI | tap.IFF_VNET_HDR
 
 
 @pytest.mark.usefixtures("host")
-def test_inherited_descriptors_are_taken_and_closed() -> None:
+def test_inherited_descriptors_are_copied_and_stay_open() -> None:
     fds = [raw_tap("theirs", GOOD | tap.IFF_MULTI_QUEUE) for _ in range(2)]
     adopted = adopt(fds)
-    assert (adopted.name, adopted.fds, adopted.made) == ("theirs", fds, False)
-    for fd in fds:
+    assert (adopted.name, len(adopted.fds), adopted.made) == ("theirs", 2, False)
+    for fd in adopted.fds:
         assert not os.get_blocking(fd)
         assert not os.get_inheritable(fd)
     adopted.close()
+    for fd in fds:
+        os.close(fd)
+
+
+@pytest.mark.usefixtures("host")
+def test_descriptors_of_queues_at_rest_can_be_taken_again() -> None:
+    """A queue that is detached does not know its TAP, and neither do copies of it."""
+    fds = [raw_tap("theirs", GOOD | tap.IFF_MULTI_QUEUE) for _ in range(2)]
+    for _ in range(2):
+        adopted = adopt(fds)
+        adopted.set_attached(1, False)
+        adopted.close()
+    for fd in fds:
+        os.close(fd)
 
 
 @pytest.mark.usefixtures("host")
@@ -224,6 +238,13 @@ def test_a_macvtap_is_opened_by_its_device(host: Namespace, macvtap: Tap) -> Non
     frame = address + b"\2" * 6 + b"\x88\xb5" + b"hello".ljust(60, b".")
     sender.send(frame)
     assert any(frame in read(fd) for fd in macvtap.fds)
+    macvtap.set_attached(1, False)
+    for number in range(20):
+        sender.send(frame[:-1] + bytes([number]))
+    received = [read(macvtap.fds[0]) for _ in range(20)]
+    assert all(frame[:-1] in each for each in received)
+    assert not read(macvtap.fds[1])
+    macvtap.set_attached(1, True)
     os.write(macvtap.fds[0], bytes(12) + b"\xff" * 6 + address + b"\x88\xb5" + b"answer".ljust(60, b"."))
     assert any(b"answer" in sender.recv(2000) for _ in range(5))
     sender.close()

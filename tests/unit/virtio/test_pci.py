@@ -41,7 +41,7 @@ class Device(VirtioDevice):
     """Two queues and eight bytes of configuration, four of which a driver may write."""
 
     id = ids.NET
-    queue_sizes = (256, 64)
+    queue_sizes: tuple[int, ...] = (256, 64)
 
     def __init__(self) -> None:
         super().__init__("net0")
@@ -349,6 +349,35 @@ def test_the_window_in_configuration_space_reaches_the_bar(enabled: bool) -> Non
     driver.set_config(at + 16, 4, 0)
     assert driver.config(at + 16) == 0xFFFFFFFF
     driver.close()
+
+
+def test_a_state_goes_on_where_it_stopped(driver: Driver) -> None:
+    driver.start()
+    driver.set_config(0x10, 4, 0x40000)
+    driver.device.reconfigure(b"12345678")
+    driver.routes.delivered()
+    state = driver.transport.state()
+    other = Driver(Device())
+    other.transport.restore(state)
+    other.bus.decode(other.transport)
+    other.base = BASE + 0x40000
+    assert other.transport.state() == state
+    assert other.load(STATUS, 1) == 15
+    assert list(other.doorbells.rings) == [BASE + 0x40000 + NOTIFY, BASE + 0x40000 + NOTIFY + 4]
+    assert other.load(ISR, 1) == 3
+    os.eventfd_write(other.device.queues[1].call_fd, 1)
+    assert other.routes.delivered() == [(ADDRESS, DATA + 2)]
+    other.close()
+
+
+def test_a_state_of_another_device_is_refused(driver: Driver) -> None:
+    class OneQueue(Device):
+        queue_sizes = (256,)
+
+    other = Driver(OneQueue())
+    with pytest.raises(ValueError, match="not a state of this function"):
+        other.transport.restore(driver.transport.state())
+    other.close()
 
 
 def test_closing_gives_everything_back() -> None:

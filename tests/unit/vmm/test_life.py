@@ -1,7 +1,10 @@
 """What each event means for the VM, with whole VMs in this process."""
 
+import fcntl
 import os
 import signal
+import struct
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from pileus import log
-from pileus.config.model import VmConfig, VmmConfig
+from pileus.config.model import BalloonConfig, ConsoleConfig, VmConfig, VmmConfig
+from pileus.console.pty import PtyConsole
 from pileus.devices.i8042 import I8042
 from pileus.errors import ConfigError, HostError
 from pileus.kvm.probe import OVERRIDE
+from pileus.virtio.devices.console import ConsoleDevice
 from pileus.vm.vcpu import FAULT, POWER_OFF, RESET, Event
 from pileus.vmm.vmm import Vmm
 from pileus.vmm.vmm import run as run_vmm
@@ -36,6 +41,10 @@ def told(tmp_path: Path) -> Iterator[Callable[[], str]]:
     os.close(log._fd)
     log._fd, log.level = log.STDERR, log.ERROR
     log._limits.clear()
+
+
+def winsize(columns: int, rows: int) -> bytes:
+    return struct.pack("HHHH", rows, columns, 0, 0)
 
 
 def live(config: VmConfig, meddle: Callable[[Vmm], None] = lambda _: None) -> int:
@@ -238,3 +247,37 @@ def test_a_host_that_refuses_half_way_keeps_nothing(tmp_path: Path) -> None:
 def test_a_vmm_without_a_vm_says_what_is_missing() -> None:
     with pytest.raises(ConfigError, match="--kernel is missing"):
         run_vmm(VmmConfig())
+
+
+def test_a_virtio_console_stays_through_reboots_and_hears_of_its_size(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.config(tmp_path, tiny.SPIN)
+    config.console = ConsoleConfig(mode="pty")
+    config.balloon = BalloonConfig(size=1 << 20, statistics=True)
+    ports = []
+
+    def meddle(vmm: Vmm) -> None:
+        console = vmm._console
+        assert isinstance(console, PtyConsole)
+        ports.append(console._port)
+        assert isinstance(ports[0], ConsoleDevice)
+        assert ports[0].config[:4] == bytes(4)
+        fcntl.ioctl(console._output, termios.TIOCSWINSZ, winsize(132, 43))
+        os.kill(os.getpid(), signal.SIGWINCH)
+        vmm.loop.after(0, lambda: happen(vmm, RESET))
+
+        def after_the_reboot() -> None:
+            if console._port is ports[0]:
+                vmm.loop.after(0.01, after_the_reboot)
+                return
+            ports.append(console._port)
+            happen(vmm, POWER_OFF)
+
+        vmm.loop.after(0.01, after_the_reboot)
+
+    assert live(config, meddle) == 0
+    for port in ports:
+        assert isinstance(port, ConsoleDevice)
+        assert port.config[:4] == struct.pack("<HH", 132, 43)
+    assert "\tConsole: /dev/pts/" in capfd.readouterr().out

@@ -38,6 +38,7 @@ cdef struct Stock:
 
 
 cdef class Pair(Engine):
+    cdef public uint32_t hold_ms    # how long a packet waits for chains before it is dropped
     cdef readonly uint64_t rx_packets, rx_bytes, rx_dropped
     cdef readonly uint64_t tx_packets, tx_bytes, tx_dropped
     cdef Queue rx

@@ -4,6 +4,7 @@ from pileus.virtio.queue import Queue
 from pileus.virtio.queue._engine import Engine
 
 class Pair(Engine):
+    hold_ms: int
     rx_packets: int
     rx_bytes: int
     rx_dropped: int

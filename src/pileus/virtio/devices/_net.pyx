@@ -97,8 +97,8 @@ cdef class Pair(Engine):
     def __init__(self, str name, failed, Queue rx not None, Queue tx not None, int tap):
         Engine.__init__(self, name, failed)
         self.rx, self.tx, self.tap = rx, tx, tap
-        self.forward_from = self.forward_to = -1
-        self.epoll = -1
+        self.forward_from = self.forward_to = self.epoll = -1
+        self.hold_ms = HOLD_MS
         buffers_init(&self.chain)
 
     def __dealloc__(self):
@@ -152,8 +152,6 @@ cdef class Pair(Engine):
             return -errno
         if self.forward_from >= 0 and self._watch(self.forward_from, EPOLLIN | EPOLLET, TAG_FORWARD) < 0:
             return -errno
-        if self.rx.active:
-            self.rx.disable_kicks()
         return 0
 
     cdef int _watch(self, int fd, uint32_t events, int tag) noexcept nogil:
@@ -164,6 +162,8 @@ cdef class Pair(Engine):
 
     cdef void _tidy(self) noexcept nogil:
         """Chains that no packet came for go back: none is in flight when the thread has ended."""
+        if self.held:
+            self.rx_dropped += 1
         if self.stock != NULL:
             while self.stock.end_chain > self.stock.first_chain:
                 self.rx.untake()
@@ -199,7 +199,7 @@ cdef class Pair(Engine):
         if (self.rx_more and (self.readable or self.held)) or (self.tx_more and self.writable):
             timeout = 0
         elif self.held:
-            timeout = HOLD_MS
+            timeout = self.hold_ms
         count = epoll_wait(self.epoll, events, 5, timeout)
         if count < 0:
             return 0 if errno == EINTR else -errno
@@ -231,6 +231,7 @@ cdef class Pair(Engine):
         cdef uint64_t enough = self.rx_bytes + BATCH_BYTES
         cdef uint32_t window
         cdef ssize_t length
+        self.rx.disable_kicks()
         while packets < RX_BATCH and self.rx_bytes < enough:
             packets += 1  # each turn costs something, also with a driver that only plays with its index
             ready = self._deliver(self.held, self.held_window) if self.held else self._refill(self._guess())
@@ -329,7 +330,7 @@ cdef class Pair(Engine):
                     self.rx_dropped += 1
                 elif not self.held:
                     self.held, self.held_window = length, window
-                    self.held_until = _now() + <int64_t>HOLD_MS * 1000000
+                    self.held_until = _now() + <int64_t>self.hold_ms * 1000000
                 return 0
             self._unspill(length, window)
         elif length > self.stock.chains[self.stock.first_chain].length:
@@ -436,7 +437,7 @@ cdef class Pair(Engine):
         cdef uint32_t index = 0, got = 0, count, here
         cdef iovec *vector
         cdef ssize_t written
-        if self.chain.readable_length <= HEADER_SIZE:
+        if not HEADER_SIZE < self.chain.readable_length <= LARGEST:
             self.tx_dropped += 1
             return 0
         # The header is copied once, then checked: the driver could change it behind our back.

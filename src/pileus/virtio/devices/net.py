@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DEFAULT_IP, DEFAULT_MASK = "192.168.249.1", "255.255.255.0"  # of the host, on a TAP that is made here
 USUAL_MTU = 1500
 CONTROL_QUEUE_SIZE = 64
+COMMAND_BATCH = 16  # commands in a row
 MAX_COMMAND = 64 << 10  # bytes of a control command: a table of MAC addresses is the longest
 MAX_ADDRESSES = 1024  # of a table; more are as good as promiscuous
 
@@ -92,7 +93,7 @@ class Net(VirtioDevice):
         self.config = self._config()
         self.pairs = [self._pair(index) for index in range(self.pair_count)]
         self.active_pairs = 1
-        self._offloads = 0  # of OFFLOADS, in force
+        self._offloads: int | None = None  # of OFFLOADS, as the driver said last; None: as negotiated
         self._rx_mode = dict.fromkeys(RX_MODES, False)
         self._table: tuple[list[bytes], list[bytes]] | None = None  # unicast, multicast; None: not told
         for index in range(1, self.pair_count):
@@ -136,12 +137,9 @@ class Net(VirtioDevice):
             )
         if self.control_index != 2 * self.pair_count and self.has(CTRL_VQ):
             self.pairs[0].forward(self.queues[2].kick_fd, self.queues[2 * self.pair_count].kick_fd)
-        try:
-            self._set_offloads(self._offloads or self.driver_features & ALL_OFFLOADS)
-            self._apply_filter()
-            self._run(self.active_pairs if self.has(MQ) else 1)
-        except HostError as error:
-            raise GuestError(str(error)) from error
+        self._set_offloads()
+        self._apply_filter()
+        self._run(self.active_pairs if self.has(MQ) else 1)
 
     def reset(self) -> None:
         for pair in self.pairs:
@@ -149,10 +147,23 @@ class Net(VirtioDevice):
             pair.forward(-1, -1)
         self.mac = self._factory_mac
         self.config = self._config()
-        self.active_pairs, self._offloads, self._table = 1, 0, None
+        self.active_pairs, self._offloads, self._table = 1, None, None
         self._rx_mode = dict.fromkeys(RX_MODES, False)
         for index in range(1, self.pair_count):
             self._attach(index, False)
+
+    def pause(self) -> None:
+        """Until ``resume`` nothing moves, and the driver has all chains that no packet came for."""
+        with self.lock:
+            super().pause()  # the control queue, which could start a pair
+            for pair in self.pairs:
+                pair.stop()
+
+    def resume(self) -> None:
+        with self.lock:
+            if self.memory is not None and not self.failed:
+                self._run(self.active_pairs)
+            super().resume()
 
     def close(self) -> None:
         for pair in self.pairs:
@@ -161,6 +172,7 @@ class Net(VirtioDevice):
         self.tap.close()
 
     def state(self) -> "State":
+        """To be asked for while paused."""
         table = None if self._table is None else [[each.hex() for each in part] for part in self._table]
         return {
             "mac": self.mac.hex(),
@@ -171,9 +183,11 @@ class Net(VirtioDevice):
         }
 
     def restore(self, state: "State") -> None:
-        """In force once the device is activated."""
-        self.mac = bytes.fromhex(state["mac"])
-        self.active_pairs, self._offloads = state["pairs"], state["offloads"]
+        """In force once the device is activated. Raises ValueError for a state that is not this device's."""
+        mac, pairs = bytes.fromhex(state["mac"]), state["pairs"]
+        if not mac_address.is_unicast(mac) or not 1 <= pairs <= self.pair_count:
+            raise ValueError(f"{self.name}: {pairs} queue pairs were saved, there are {self.pair_count}")
+        self.mac, self.active_pairs, self._offloads = mac, pairs, state["offloads"]
         self._rx_mode = {int(command): on for command, on in state["rx_mode"].items()}
         table = state["table"]
         self._table = table and tuple([bytes.fromhex(each) for each in part] for part in table)
@@ -188,11 +202,17 @@ class Net(VirtioDevice):
         for index, pair in enumerate(self.pairs):
             if index < count and not pair.running:
                 self.tap.set_attached(index, True)
-                pair.start()
+                self._start(pair)
             elif index >= count and pair.running:
                 self._attach(index, False)  # first, so that the host chooses among the others
                 pair.stop()
         self.active_pairs = count
+
+    def _start(self, pair: Pair) -> None:
+        try:
+            pair.start()
+        except RuntimeError as error:
+            raise HostError("start", f"a thread for {pair.name}", error) from error
 
     def _attach(self, index: int, attached: bool) -> None:
         try:
@@ -203,9 +223,13 @@ class Net(VirtioDevice):
     # -- the control queue ------------------------------------------------------------------------
 
     def handle_queue(self, index: int) -> None:
-        queue = self.queues[index]
+        queue, budget = self.queues[index], COMMAND_BATCH
         for chain in queue:
             queue.push_used(chain, self._answer(chain))
+            budget -= 1
+            if budget == 0:  # others on the control loop come first
+                os.eventfd_write(self.queues[2 * self.pair_count].kick_fd, 1)
+                break
 
     def _answer(self, chain: "Chain") -> int:
         if not chain.writable_len:
@@ -255,7 +279,8 @@ class Net(VirtioDevice):
         offloads = int.from_bytes(data, "little")
         if offloads & ~(self.driver_features & ALL_OFFLOADS):
             return False
-        return self._tried(lambda: self._set_offloads(offloads))
+        self._offloads = offloads
+        return self._tried(self._set_offloads)
 
     def _tried(self, action: "Callable[[], object]") -> bool:
         try:
@@ -265,14 +290,15 @@ class Net(VirtioDevice):
             return False
         return True
 
-    def _set_offloads(self, offloads: int) -> None:
+    def _set_offloads(self) -> None:
+        """Tell the TAP what the driver can take."""
+        offloads = self.driver_features & ALL_OFFLOADS if self._offloads is None else self._offloads
         told = (
             flag
             for feature, (flag, needed) in OFFLOADS.items()
             if offloads & feature and offloads & needed == needed
         )
         self.tap.set_offloads(sum(told))
-        self._offloads = offloads
 
     def _filter(self) -> bool:
         return self._tried(self._apply_filter)
@@ -325,7 +351,7 @@ def _addresses(data: bytes) -> "tuple[list[bytes] | None, bytes | None]":
 def open_net(config: "NetConfig", index: int) -> Net:
     """The device that ``config`` describes, the VM's ``index``-th. Raises HostError, and nothing is left."""
     name = config.id or f"_net{index}"
-    tap = taps.adopt([os.dup(fd) for fd in config.fd]) if config.fd else taps.open_tap(config.tap, config.num_queues // 2)
+    tap = taps.adopt(config.fd) if config.fd else taps.open_tap(config.tap, config.num_queues // 2)
     try:
         mtu = _set_up(tap, config)
         return Net(

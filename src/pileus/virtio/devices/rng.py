@@ -4,7 +4,9 @@ Source: virtio 1.2, 5.4 (Entropy Device): one queue, no feature bits, no config 
 """
 
 import os
+import stat
 
+from pileus import log
 from pileus.errors import GuestError, HostError
 from pileus.virtio import ids
 from pileus.virtio.device import VirtioDevice
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 REQUESTQ = 0
 MAX_REQUEST = 64 * 1024  # bytes per chain, which may name the same page many times
+BUDGET = 1 << 20  # bytes per kick
 
 
 class Rng(VirtioDevice):
@@ -30,9 +33,14 @@ class Rng(VirtioDevice):
         self._source = source
 
     def handle_queue(self, index: int) -> None:
-        queue = self.queues[index]
+        queue, budget = self.queues[index], BUDGET
         for chain in queue:
-            queue.push_used(chain, self._fill(chain))
+            count = self._fill(chain)
+            queue.push_used(chain, count)
+            budget -= count
+            if budget <= 0:
+                self.serve_again(index)
+                break
 
     def _fill(self, chain: "Chain") -> int:
         """Return the bytes written: fewer than asked is allowed, none is not (5.4.6.2)."""
@@ -42,21 +50,41 @@ class Rng(VirtioDevice):
 
 
 class FileSource:
-    """Entropy from a file or a character device; a file that ends begins anew."""
+    """Entropy from a file or a character device; a file that ends begins anew.
+
+    It never waits and never fails: where the source has nothing to give, the kernel's own generator helps
+    out, with a warning. Raises HostError for what cannot be a source at all.
+    """
 
     def __init__(self, path: str) -> None:
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError as error:
             raise HostError("read entropy from", path, error) from error
         self._path = path
+        status = os.fstat(self._fd)
+        if stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and not status.st_size):
+            self.close()
+            reason = "it is a directory" if stat.S_ISDIR(status.st_mode) else "it is empty"
+            raise HostError("read entropy from", path, reason)
 
     def __call__(self, count: int) -> bytes:
-        data = os.read(self._fd, count)
-        if not data:
-            os.lseek(self._fd, 0, os.SEEK_SET)
+        """1 to ``count`` bytes."""
+        try:
             data = os.read(self._fd, count)
+            if not data:
+                os.lseek(self._fd, 0, os.SEEK_SET)
+                data = os.read(self._fd, count)
+            reason = "it has come to its end"
+        except OSError as error:  # a pipe that cannot go back, a device that has to wait, or is gone
+            data, reason = b"", os.strerror(error.errno or 0)
+        if not data:
+            log.limited(log.WARNING, f"no entropy from {self._path}, {reason}: the kernel's is used instead")
+            data = os.getrandom(count)
         return data
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Closing twice is harmless."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -43,7 +43,10 @@ cdef class Engine:
             _thread.stack_size(before)
 
     def stop(self):
-        """Returns when the thread has ended and what it had under way is done. Harmless if it never started."""
+        """Returns when ``serve`` has, with what it had under way; its thread is then about to end.
+
+        Harmless if it never started.
+        """
         if self.running:
             os.eventfd_write(self.stop_fd, 1)
             self._ended.acquire()

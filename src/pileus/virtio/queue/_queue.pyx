@@ -193,8 +193,12 @@ cdef class Queue:
             self.avail_seen = load_acquire_u16(&self.avail[1])
             if self.avail_seen == self.next_avail:
                 return 0
-            # Offered and in flight together are no more chains than the ring has heads.
-            if <uint16_t>(self.avail_seen - self.next_used) > self.size:
+            # Offered and in flight together are no more chains than the ring has heads. Each is taken modulo
+            # 65536 by itself: an index that goes back would else offer 65535 more.
+            if (
+                <uint32_t><uint16_t>(self.avail_seen - self.next_avail)
+                + <uint16_t>(self.next_avail - self.next_used) > self.size
+            ):
                 return self._fail(INDEX_JUMPED)
         head = load_u16(&self.avail[2 + (self.next_avail & (self.size - 1))])
         if head >= self.size:

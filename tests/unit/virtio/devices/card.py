@@ -55,10 +55,16 @@ class Card:
         self.net: Net = open_net(
             NetConfig(**{"mac": GUEST_MAC.hex(":"), "host_mac": HOST_MAC.hex(":"), **config}), 0
         )
+        self.hold(PATIENCE)  # a busy machine shall not make packets drop
         ranges = [(0, 64 << 20), (1 << 32, 1 << 20)]
         self.driver = FakeDriver(self.net, features=features, event_idx=event_idx, ranges=ranges, start=start)
         self.host = packet_socket(self.net.tap.name)
         self.came: dict[int, list[Used]] = {}  # chains that came back and were not looked at, by pair
+
+    def hold(self, seconds: float) -> None:
+        """How long a packet waits for chains."""
+        for pair in self.net.pairs:
+            pair.hold_ms = int(seconds * 1000)
 
     def close(self) -> None:
         self.host.close()

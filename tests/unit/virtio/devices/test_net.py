@@ -1,5 +1,6 @@
 """virtio-net on a real TAP, through a driver in memory."""
 
+import fcntl
 import os
 import select
 import socket
@@ -8,12 +9,17 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pileus.testing import F_WRITE
+from pileus.config.model import NetConfig
+from pileus.errors import HostError
+from pileus.net import tap
+from pileus.net.tap import Tap
+from pileus.testing import F_WRITE, FakeDriver
 from pileus.virtio import status
 from pileus.virtio.devices import net
 from tests.unit.net.namespace import Namespace
@@ -172,6 +178,7 @@ def test_a_packet_that_the_chains_are_too_few_for_waits_a_while(card: Card) -> N
 
 
 def test_but_not_for_ever(card: Card) -> None:
+    card.hold(0.01)
     card.offer(1000)
     card.host.send(frame(bytes(1400)))
     card.host.send(frame(b"the next"))
@@ -364,6 +371,11 @@ def test_what_was_not_negotiated_is_not_sent(plain: Card, forbidden: dict[str, i
     assert plain.counter("tx_dropped") == 1
 
 
+def test_a_packet_larger_than_any_is_dropped(card: Card) -> None:
+    card.send(header() + frame(bytes(66000), to=HOST_MAC))
+    assert card.counter("tx_dropped") == 1
+
+
 @pytest.mark.parametrize("length", range(1, 13))
 def test_a_packet_that_is_no_more_than_a_header_is_dropped(card: Card, length: int) -> None:
     card.send(bytes(length))
@@ -399,6 +411,17 @@ def test_a_host_that_is_down_drops_packets(host: Namespace, card: Card) -> None:
     sender.send(frame(b"up again"))
     assert card.receive().frame == frame(b"up again")
     sender.close()
+
+
+def test_a_tap_that_is_gone_takes_nothing_and_costs_nothing(host: Namespace, card: Card) -> None:
+    card.offer(2048)
+    host.ip("link", "del", card.net.tap.name)
+    before = cpu_ticks(card)
+    for _ in range(3):
+        card.send(header() + frame(to=HOST_MAC))
+    time.sleep(0.2)
+    assert cpu_ticks(card) - before <= 2
+    assert card.counter("tx_dropped") == 3
 
 
 # -- the control queue ----------------------------------------------------------------------------
@@ -452,6 +475,15 @@ def test_any_bytes_are_answered(card: Card, data: bytes, room: int) -> None:
     card.driver.add(readable=[data] if data else [], writable=[room], queue=2)
     card.driver.kick(2)
     assert [used.length for used in card.driver.wait(2)] == [1]
+
+
+def test_many_commands_leave_the_control_loop_to_others_in_between(card: Card) -> None:
+    for _ in range(20):
+        card.driver.add(readable=[b"\0\0\1"], writable=[1], queue=2)
+    card.net.kicked(2)
+    assert len(card.driver.used(2)) == 16
+    card.driver.serve()
+    assert len(card.driver.used(2)) == 4
 
 
 def test_a_new_address_stands_in_the_configuration_until_a_reset(card: Card) -> None:
@@ -569,8 +601,9 @@ def test_what_the_driver_asked_for_is_restored(wide: Card) -> None:
     again.net.restore(state)
     assert again.net.state() == state
     assert again.driver.read_config(0, 6) == b"\2\0\0\0\0\5"
-    again.driver.close()
-    again.host.close()
+    with pytest.raises(ValueError, match=r"^_net0: 5 queue pairs were saved, there are 4$"):
+        again.net.restore({**state, "pairs": 5})
+    again.close()
 
 
 def test_the_mtu_is_set_and_told(host: Namespace) -> None:
@@ -598,20 +631,207 @@ def test_offloads_can_be_withheld(host: Namespace, switch: str, gone: int) -> No
     card.close()
 
 
+def test_a_pause_leaves_no_chain_in_flight(card: Card) -> None:
+    card.offer(100, count=50)
+    card.host.send(frame(bytes(1000)))
+    assert len(card.receive().frame) == 1014
+    card.net.pause()
+    state = card.net.queues[0].state()
+    assert state["next_avail"] == state["next_used"] == 11
+    card.host.send(frame(b"meanwhile"))
+    card.net.resume()
+    assert card.receive().frame == frame(b"meanwhile")
+
+
+def test_what_is_received_is_marked_for_migration(card: Card) -> None:
+    card.driver.memory.start_tracking()
+    card.offer(100, 200, count=8)
+    blocks = [block for head in range(0, 16, 2) for block in card.driver.rings[0].blocks(head)]
+    card.driver.memory.take_dirty(0)
+    card.host.send(frame(bytes(1000)))
+    card.receive()
+    bits = int.from_bytes(card.driver.memory.take_dirty(0), "little")
+    dirty = {page for page in range(bits.bit_length()) if bits >> page & 1}
+    filled = blocks[:7]  # 1026 bytes: three chains of 300, and a buffer of 100 and some of the next
+    assert {block.gpa >> 12 for block in filled} <= dirty
+    assert card.driver.rings[0].used_ring >> 12 in dirty
+
+
+def test_an_interface_of_the_user_is_brought_up_and_else_left_alone(host: Namespace) -> None:
+    host.ip("tuntap", "add", "name", "theirs", "mode", "tap")
+    host.ip("link", "set", "theirs", "mtu", "3000")
+    card = Card(tap="theirs", host_mac=None)
+    assert "inet " not in host.ip("addr", "show", "theirs")
+    assert "UP" in host.ip("link", "show", "theirs")
+    assert card.driver.read_config(10, 2) == struct.pack("<H", 3000)
+    card.command(1, 0, bytes(8))
+    card.close()
+    card = Card(tap="theirs", ip="10.5.6.7", mask="255.255.0.0", host_mac=None)
+    assert "inet 10.5.6.7/16" in host.ip("addr", "show", "theirs")
+    card.close()
+    assert "inet 10.5.6.7/16" in host.ip("addr", "show", "theirs")
+    host.ip("link", "del", "theirs")
+
+
+def test_inherited_descriptors_serve_as_well(host: Namespace) -> None:
+    fds = [os.open("/dev/net/tun", os.O_RDWR) for _ in range(2)]
+    flags = tap.IFF_TAP | tap.IFF_NO_PI | tap.IFF_VNET_HDR | tap.IFF_MULTI_QUEUE
+    for fd in fds:
+        fcntl.ioctl(fd, tap.TUNSETIFF, struct.pack("=16sH22x", b"theirs", flags))
+    host.ip("link", "set", "theirs", "up")
+    card = Card(fd=fds, host_mac=None)
+    card.offer(2048)
+    card.host.send(frame())
+    assert card.receive().frame == frame()
+    assert card.command(4, 0, b"\2\0") == net.OK
+    card.close()
+    again = Card(fd=fds, host_mac=None)  # after a reboot
+    again.offer(2048)
+    again.host.send(frame())
+    assert again.receive().frame == frame()
+    again.close()
+    for fd in fds:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"mtu": 65521, "host_mac": "33:33:00:00:00:01"}, "cannot give the MAC address 33:33:00:00:00:01"),
+        ({"ip": "224.0.0.1"}, "cannot give the address 224.0.0.1 to vmtap0: Invalid argument"),
+        ({"tap": "lo"}, "cannot open TAP lo: lo is no TAP"),
+        ({"fd": [9999]}, "cannot use fd 9999: it is not open"),
+        ({"num_queues": 1000}, "cannot make TAP vmtap0: Argument list too long"),
+    ],
+)
+def test_what_cannot_be_set_up_leaves_nothing(host: Namespace, config: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(HostError) as caught:
+        net.open_net(NetConfig(**config), 0)
+    assert str(caught.value).startswith(sentence)
+
+
+DESCRIPTORS = st.fixed_dictionaries(
+    {
+        "gpa": st.sampled_from([0x2000, 0x3FFF_F000, (64 << 20) - 100, 1 << 32, 1 << 40, (1 << 64) - 8]),
+        "length": st.sampled_from([0, 1, 11, 12, 100, 2000, 70000, 1 << 31, (1 << 32) - 1]),
+        "flags": st.integers(0, 7),
+        "next": st.sampled_from([0, 1, 2, 3, 255, 256, 65535]),
+    }
+)
+
+
+@given(
+    table=st.lists(DESCRIPTORS, min_size=1, max_size=4),
+    heads=st.lists(st.sampled_from([0, 1, 2, 3, 255, 256, 65535]), min_size=1, max_size=6),
+    queue=st.sampled_from([0, 1]),
+    jump=st.sampled_from([0, 0, 0, 1, 300, 40000]),
+)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_hostile_driver_harms_itself_alone(
+    card: Card, table: list[dict[str, int]], heads: list[int], queue: int, jump: int
+) -> None:
+    """Whatever lies in its rings; after a reset the device works as if nothing had been."""
+    for index, entry in enumerate(table):
+        card.driver.write_descriptor(index, queue=queue, **entry)
+    for head in heads:
+        card.driver.offer(head, queue)
+    card.driver.rings[queue].set_available(card.driver.rings[queue].next_available + jump)
+    card.host.send(frame(bytes(1000)))
+    card.driver.kick(queue)
+    card.host.send(frame(bytes(100)))
+    card.driver.start()
+    card.came.clear()
+    sent = frame(os.urandom(16).hex().encode())
+    card.offer(4096, count=20)
+    card.host.send(sent)
+    while card.receive().frame != sent:
+        pass
+    card.send(header() + frame(to=HOST_MAC))
+
+
+# -- an engine without a TAP: a socket that loses nothing and can be full ---------------------------
+
+
+class Line(Card):
+    """The pair's descriptor is one end of a pair of sockets; ``host`` is the other."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        theirs.settimeout(5)
+        made = Tap("line", [ours.detach()])
+        made.set_offloads = lambda offloads: None  # type: ignore[method-assign]
+        os.set_blocking(made.fds[0], False)
+        self.net = net.Net("line", made, GUEST_MAC)
+        self.driver = FakeDriver(self.net, ranges=[(0, 64 << 20)])
+        self.host, self.came = theirs, {}
+
+
+def test_packets_wait_while_the_host_takes_none() -> None:
+    line = Line()
+    sent = [header() + frame(b"%d" % number + bytes(900)) for number in range(1000)]
+    got = []
+    for start in range(0, 1000, 200):
+        for each in sent[start : start + 200]:
+            line.driver.add(readable=[each], queue=1)
+        line.driver.kick(1)
+        if start:  # the socket holds fewer: the engine waits for it, and the driver for the engine
+            got += [line.host.recv(2000) for _ in range(200)]
+        else:
+            until(lambda: asleep(line))
+            assert len(line.driver.used(1)) < 200
+            got += [line.host.recv(2000) for _ in range(200)]
+        line.driver.used(1)
+        until(lambda: line.driver.used(1) == [] and line.driver.rings[1].in_flight == 0)
+    assert got == sent
+    assert line.counter("tx_dropped") == 0
+    line.close()
+
+
+@given(
+    lengths=st.lists(st.one_of(st.integers(12, 300), st.integers(12, 66000)), min_size=1, max_size=12),
+    room=st.integers(300, 5000),
+)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_small_and_large_packets_follow_one_another(lengths: list[int], room: int) -> None:
+    """Whatever was guessed of each."""
+    line = Line()
+    try:
+        sent = [os.urandom(10) + bytes(2) + os.urandom(length - 12) for length in lengths]
+        for data in sent:
+            line.host.send(data)
+            line.offer(room, count=-(-len(data) // room))
+            packet = line.receive()
+            assert header(*packet[:6])[:10] + bytes(2) + packet.frame == data
+    finally:
+        line.close()
+
+
+@pytest.mark.parametrize("length", [0, 1, 11])
+def test_what_is_shorter_than_a_header_is_no_packet(length: int) -> None:
+    line = Line()
+    line.offer(2048)
+    if length:
+        line.host.send(bytes(length))
+    line.host.send(header() + frame())
+    assert line.receive().frame == frame()
+    line.close()
+
+
 # -- helpers --------------------------------------------------------------------------------------
 
 
 def engine_stat(card: Card, index: int = 0) -> list[str]:
-    """The fields after the name of the engine's thread in /proc."""
+    """The fields after the name of the engine's thread in /proc, once it has that name."""
     name = card.net.pairs[index].name
     for task in Path("/proc/self/task").iterdir():
         text = (task / "stat").read_text()
         if f"({name[:15]})" in text:
             return text.rpartition(")")[2].split()
-    raise AssertionError(f"no thread {name}")
+    return ["?"]
 
 
 def asleep(card: Card) -> bool:
+    """It has begun and has nothing more to do."""
     return engine_stat(card)[0] == "S"
 
 

@@ -1,0 +1,1 @@
+"""Hostile input in bulk; each script opens with its invariant."""
