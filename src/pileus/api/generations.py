@@ -26,12 +26,13 @@ OLD = {  # where release 0.3 (or the next few, for the initramfs) had it -> wher
     ("cmdline", "args"): ("payload", "cmdline"),
     ("initramfs", "path"): ("payload", "initramfs"),
 }
+BACKENDS = {"vhost_user_net": "VhostUserNetConfig", "vhost_user_blk": "VhostUserBlkConfig"}
+VU_CFG = ("sock", "num_queues", "queue_size")  # what release 0.3 had one level further down there
 NONE: "tuple[Json, ...]" = (None, [])
 NEUTRAL: "dict[str, dict[str, tuple[Json, ...]]]" = {  # struct -> field -> values, unless the model has it
     "VmConfig": {
         **dict.fromkeys(("rate_limit_groups", "disks", "fs", "pmem", "devices", "user_devices"), NONE),
         **dict.fromkeys(("vdpa", "sgx_epc", "numa", "pci_segments", "landlock_rules"), NONE),
-        **dict.fromkeys(("vhost_user_net", "vhost_user_blk"), NONE),
         **dict.fromkeys(("balloon", "platform", "tpm"), (None,)),
         "vsock": NONE,
         "debug_console": ({"file": None, "mode": "Off", "iobase": 233}, None),
@@ -57,6 +58,7 @@ NEUTRAL: "dict[str, dict[str, tuple[Json, ...]]]" = {  # struct -> field -> valu
     "ConsoleConfig": {},
     "RngConfig": {},
     "BalloonConfig": {},
+    "FsConfig": {"id": (None,), "pci_segment": (0, None)},
     "DiskConfig": {
         "vhost_user": (False, None),
         "vhost_socket": (None,),
@@ -103,6 +105,11 @@ def encode(config: VmConfig) -> "dict[str, Json]":
             body[old] = {**body[old], old_name: value}
         else:
             body[old] = None if value is None else {old_name: value}
+    for fs in body["fs"] or ():
+        fs["sock"] = fs["socket"] = fs["socket"] or fs["sock"]
+    for name in BACKENDS:
+        for each in body[name] or ():
+            each["vu_cfg"] = {key: each[key] for key in VU_CFG}
     return body
 
 
@@ -128,6 +135,15 @@ def schemas() -> "dict[str, Json]":
                 "additionalProperties": False,
                 "deprecated": True,
             }
+    for struct_name in BACKENDS.values():
+        schema = found[struct_name]
+        schema.pop("required", None)
+        schema["properties"]["vu_cfg"] = {
+            "type": ["object", "null"],
+            "properties": {key: schema["properties"][key] for key in VU_CFG},
+            "additionalProperties": False,
+            "deprecated": True,
+        }
     return found
 
 
@@ -149,7 +165,40 @@ def _renewed(body: "dict[str, Json]") -> "dict[str, Json]":
             del body[old]
         if value is not None:
             _say(body, f"{old}.{old_name}", new, new_name, value)
+    for name in ("fs", *BACKENDS):
+        if type(devices := body.get(name)) is list:
+            body[name] = [_renewed_device(each, f"{name}[{index}]") for index, each in enumerate(devices)]
     return body
+
+
+def _renewed_device(device: "Json", where: str) -> "Json":
+    """A shared directory's ``sock`` is its ``socket``; a back-end's ``vu_cfg`` belongs to it itself."""
+    if type(device) is not dict:
+        return device
+    device = dict(device)
+    if where.startswith("fs"):
+        if (sock := device.pop("sock", None)) is not None:
+            _agree(device, "socket", sock, f"{where}.sock")
+        return device
+    inner = device.pop("vu_cfg", None)
+    if inner is None:
+        return device
+    if type(inner) is not dict:
+        raise wire.refused(f"{where}.vu_cfg", inner, "it takes an object")
+    for key, value in inner.items():
+        if key not in VU_CFG:
+            raise wire.refused(wire.join(f"{where}.vu_cfg", key), value, f"fields are {', '.join(VU_CFG)}")
+        if value is not None:
+            _agree(device, key, value, f"{where}.vu_cfg.{key}")
+    return device
+
+
+def _agree(target: "dict[str, Json]", name: str, value: "Json", old: str) -> None:
+    """Put ``value``, found as ``old``, into ``target``, which may not say another thing."""
+    today = target.get(name)
+    if today is not None and not _same(today, value):
+        raise wire.refused(old, value, f"{name} says another thing; one of them is enough")
+    target[name] = value
 
 
 def _say(body: "dict[str, Json]", old: str, new: str, name: str, value: "Json") -> None:

@@ -37,6 +37,9 @@ GROUPS = {
         Option("--disk", "vm.disks", LIST),
         Option("--net", "vm.net", LIST),
         Option("--rng", "vm.rng"),
+        Option("--fs", "vm.fs", LIST),
+        Option("--vhost-user-net", "vm.vhost_user_net", LIST),
+        Option("--vhost-user-blk", "vm.vhost_user_blk", LIST),
         Option("--balloon", "vm.balloon"),
     ),
     "Terminals of the guest": (

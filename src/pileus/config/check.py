@@ -10,8 +10,20 @@ from pileus.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pileus.config.declare import Struct
-    from pileus.config.model import MemoryConfig, NetConfig, SerialConfig, VmConfig, VmmConfig
+    from pileus.config.model import (
+        DiskConfig,
+        FsConfig,
+        MemoryConfig,
+        NetConfig,
+        SerialConfig,
+        VhostUserBlkConfig,
+        VhostUserNetConfig,
+        VmConfig,
+        VmmConfig,
+    )
 
 MIN_MEMORY = 2 * MIB  # what boot protocols use below 1 MiB, and the least of kernels above
 PAGE_SIZE = 4 * KIB
@@ -86,6 +98,9 @@ def _memory_origin(vm: "VmConfig") -> None:
         if memory.mergeable and getattr(memory, key):
             allowed = "the host merges only small pages that are not shared"
             raise _at_odds("--memory", memory, ("mergeable", key), allowed)
+    if memory.mergeable and vm.has_backends:
+        allowed = "a vhost-user back-end shares the memory, and the host merges only what is not shared"
+        raise _at_odds("--memory", memory, ("mergeable",), allowed)
 
 
 def _payload(vm: "VmConfig") -> None:
@@ -138,6 +153,9 @@ def _nets(vm: "VmConfig") -> None:
 
 
 def _net(net: "NetConfig") -> None:
+    _vhost_user("--net", net, "tap", "ip", "mask", "host_mac", "mtu", "fd")
+    if not net.vhost_user and net.vhost_mode != "client":
+        raise _at_odds("--net", net, ("vhost_mode",), "vhost_mode needs vhost_user=on")
     if net.num_queues % 2:
         raise _at_odds("--net", net, ("num_queues",), "receive and transmit queues make an even number")
     if net.queue_size & (net.queue_size - 1):
@@ -158,11 +176,75 @@ def _disks(vm: "VmConfig") -> None:
     for index, disk in enumerate(vm.disks):
         if disk.queue_size & (disk.queue_size - 1):
             raise _at_odds("--disk", disk, ("queue_size",), "a queue's size is a power of two")
+        _vhost_user("--disk", disk, "path", "readonly", "direct", "serial", "image_type")
+        if not disk.vhost_user and disk.path is None:
+            raise _at_odds("--disk", disk, ("path",), "a path is required, or vhost_user=on with a socket")
         for other in vm.disks[:index]:
             if disk.id is not None and disk.id == other.id:
                 raise _at_odds("--disk", disk, ("id",), "another disk has this id already")
-            if disk.path == other.path and not (disk.readonly and other.readonly):
+            if disk.path is not None and disk.path == other.path and not (disk.readonly and other.readonly):
                 raise _at_odds("--disk", disk, ("path",), "another disk is this image; both need readonly=on")
+
+
+def _vhost_user(option: str, struct: "DiskConfig | NetConfig", *local: str) -> None:
+    """A device of a back-end needs its socket, and nothing that is about a device of this process."""
+    if not struct.vhost_user:
+        if struct.socket is not None:
+            raise _at_odds(option, struct, ("socket",), "socket needs vhost_user=on")
+        return
+    if struct.socket is None:
+        raise _at_odds(option, struct, ("vhost_user",), "socket= is required")
+    for key in local:
+        if getattr(struct, key) not in (None, False):
+            raise _at_odds(
+                option, struct, ("vhost_user", key), f"the back-end decides, so {key} has no place"
+            )
+    if struct.iommu:
+        raise _at_odds(option, struct, ("vhost_user", "iommu"), "no back-end can be behind the virtual IOMMU")
+
+
+def _vhost_user_devices(vm: "VmConfig") -> None:
+    for net in vm.vhost_user_net:
+        if net.num_queues % 2:
+            allowed = "receive and transmit queues make an even number"
+            raise _at_odds("--vhost-user-net", net, ("num_queues",), allowed)
+    named: tuple[tuple[str, Sequence[VhostUserNetConfig | VhostUserBlkConfig | FsConfig]], ...] = (
+        ("--vhost-user-net", vm.vhost_user_net),
+        ("--vhost-user-blk", vm.vhost_user_blk),
+        ("--fs", vm.fs),
+    )
+    for option, devices in named:
+        for device in devices:
+            if device.queue_size & (device.queue_size - 1):
+                raise _at_odds(option, device, ("queue_size",), "a queue's size is a power of two")
+
+
+def _shared_directories(vm: "VmConfig") -> None:
+    for index, fs in enumerate(vm.fs):
+        if (fs.sock is None) == (fs.socket is None):
+            allowed = "sock= is required" if fs.sock is None else "one of sock and socket is enough"
+            raise _at_odds("--fs", fs, ("tag",) if fs.sock is None else ("sock", "socket"), allowed)
+        if any(other.tag == fs.tag for other in vm.fs[:index]):
+            raise _at_odds("--fs", fs, ("tag",), "another directory has this tag already")
+        if fs.cache_size is not None:
+            if not fs.dax:
+                raise _at_odds("--fs", fs, ("dax", "cache_size"), "without dax there is no window to size")
+            if fs.cache_size < PAGE_SIZE or fs.cache_size & (fs.cache_size - 1):
+                raise _at_odds("--fs", fs, ("cache_size",), "a power of two, at least 4K")
+
+
+def _sockets(vm: "VmConfig") -> None:
+    """A back-end has one front-end."""
+    sockets: list[tuple[str, Struct, str, str]] = []
+    sockets += [("--disk", disk, "socket", disk.socket) for disk in vm.disks if disk.socket]
+    sockets += [("--net", net, "socket", net.socket) for net in vm.net if net.socket]
+    sockets += [("--fs", fs, "sock" if fs.sock else "socket", fs.path) for fs in vm.fs]
+    sockets += [("--vhost-user-net", net, "sock", net.sock) for net in vm.vhost_user_net]
+    sockets += [("--vhost-user-blk", blk, "sock", blk.sock) for blk in vm.vhost_user_blk]
+    paths = [path for *_, path in sockets]
+    for index, (option, struct, key, path) in enumerate(sockets):
+        if path in paths[:index]:
+            raise _at_odds(option, struct, (key,), "another device has this socket already")
 
 
 def _page_size(memory: "MemoryConfig") -> int:
@@ -186,4 +268,7 @@ RULES = (
     _disks,
     _balloon,
     _nets,
+    _vhost_user_devices,
+    _shared_directories,
+    _sockets,
 )

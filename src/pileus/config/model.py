@@ -24,7 +24,7 @@ from pileus.config.kinds import (
     Times,
     Tuple,
 )
-from pileus.config.units import MIB
+from pileus.config.units import GIB, MIB
 
 MAX_VCPUS = 4096  # no x86 kernel allows more (<asm/kvm_host.h>); what a host allows is asked of KVM
 MAX_HOST_CPUS = 8192  # CONFIG_NR_CPUS ends here
@@ -35,6 +35,8 @@ MAX_PAIRS = 256  # queue pairs of a TAP (MAX_TAP_QUEUES)
 MAX_QUEUE_SIZE = 32768  # virtio 1.2, 2.7
 MIN_MTU, MAX_MTU = 68, 65521  # <linux/if_ether.h>, and what a TAP's driver allows
 ID_LIMIT = 128
+TAG_LIMIT = 37  # one more than virtio-fs has room for: virtio 1.2, 5.11.4
+MAX_FS_QUEUES = 255  # what one byte of vhost-user can number, less the urgent queue
 
 MAX_DISK_QUEUES = 256
 MAX_DISK_QUEUE_SIZE = 1024  # a chain is no longer, and that is what one preadv takes
@@ -164,6 +166,11 @@ class NetConfig(Struct):
     host_mac: str | None = field(
         Mac(), "the host's MAC address", default=None, default_help="chosen by the kernel"
     )
+    vhost_user: bool = field(SWITCH, "a vhost-user back-end has the interface, not this host", default=False)
+    socket: str | None = field(PATH, "Unix socket of the back-end", default=None, wire="vhost_socket")
+    vhost_mode: str = field(
+        Choice("client", "server"), "whether pileus connects to the socket or listens on it", default="client"
+    )
     mtu: int | None = field(
         Count(MIN_MTU, MAX_MTU), "MTU of both sides", default=None, default_help="as it is on the host"
     )
@@ -190,7 +197,9 @@ class NetConfig(Struct):
 class DiskConfig(Struct):
     """A disk, and the image of the host that holds it."""
 
-    path: str = field(PATH, "image file or block device")
+    path: str | None = field(PATH, "image file or block device", default=None, default_help="none")
+    vhost_user: bool = field(SWITCH, "a vhost-user back-end has the disk, not a file", default=False)
+    socket: str | None = field(PATH, "Unix socket of the back-end", default=None, wire="vhost_socket")
     readonly: bool = field(SWITCH, "let the guest read only", default=False)
     direct: bool = field(SWITCH, "go around the host's page cache (O_DIRECT)", default=False)
     iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
@@ -222,6 +231,50 @@ class BalloonConfig(Struct):
     statistics: bool = field(SWITCH, "let the guest tell how it uses its memory", default=False)
 
 
+class FsConfig(Struct):
+    """A directory that a vhost-user back-end such as virtiofsd shares with the guest."""
+
+    tag: str = field(Printable(TAG_LIMIT), "what the guest mounts it by")
+    sock: str | None = field(PATH, "Unix socket of the back-end", default=None)
+    socket: str | None = field(PATH, "another name for sock", default=None)
+    num_queues: int = field(Count(1, MAX_FS_QUEUES), "queues for requests, beside the urgent one", default=1)
+    queue_size: int = field(
+        Count(2, MAX_QUEUE_SIZE), "descriptors of each queue, a power of two", default=1024
+    )
+    dax: bool = field(SWITCH, "let files be mapped; the window for that is still to come", default=True)
+    cache_size: int | None = field(
+        SIZE,
+        "size of that window, a power of two",
+        factory=lambda fs: 8 * GIB if fs.dax else None,
+        default_help="8G with dax",
+    )
+
+    @property
+    def path(self) -> str:
+        """The back-end's socket, whichever way it was named."""
+        return self.sock or self.socket or ""
+
+
+class VhostUserNetConfig(Struct):
+    """A network interface that a vhost-user back-end has."""
+
+    mac: str | None = field(Mac(), "the guest's MAC address", default=None, default_help="a random one")
+    sock: str = field(PATH, "Unix socket of the back-end")
+    num_queues: int = field(
+        Count(2, 2 * MAX_PAIRS), "receive and transmit queues together, so an even number", default=2
+    )
+    queue_size: int = field(Count(2, MAX_QUEUE_SIZE), "descriptors of each, a power of two", default=256)
+
+
+class VhostUserBlkConfig(Struct):
+    """A disk that a vhost-user back-end has."""
+
+    sock: str = field(PATH, "Unix socket of the back-end")
+    num_queues: int = field(Count(1, MAX_DISK_QUEUES), "queues", default=1)
+    queue_size: int = field(Count(4, MAX_DISK_QUEUE_SIZE), "descriptors of each, a power of two", default=128)
+    wce: bool = field(SWITCH, "let the guest turn the write cache off and on", default=True)
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
@@ -243,6 +296,20 @@ class VmConfig(Struct):
         Nested(BalloonConfig), "memory balloon", default=None, default_help="none"
     )
     net: list[NetConfig] = field(Many(NetConfig), "network interfaces", factory=lambda _: [])
+    fs: list[FsConfig] = field(Many(FsConfig), "directories shared with the guest", factory=lambda _: [])
+    vhost_user_net: list[VhostUserNetConfig] = field(
+        Many(VhostUserNetConfig), "network interfaces of vhost-user back-ends", factory=lambda _: []
+    )
+    vhost_user_blk: list[VhostUserBlkConfig] = field(
+        Many(VhostUserBlkConfig), "disks of vhost-user back-ends", factory=lambda _: []
+    )
+
+    @property
+    def has_backends(self) -> bool:
+        """Whether another process serves one of the devices, and so needs the guest's memory."""
+        if self.fs or self.vhost_user_net or self.vhost_user_blk:
+            return True
+        return any(disk.vhost_user for disk in self.disks) or any(net.vhost_user for net in self.net)
 
 
 class ApiSocketConfig(Struct):

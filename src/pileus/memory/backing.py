@@ -23,13 +23,16 @@ PAGE_SIZE = 4096
 MFD_HUGE_SHIFT = 26  # <linux/memfd.h>: the page size's binary logarithm goes above this bit
 
 
-def allocate(config: "MemoryConfig", ranges: list[tuple[int, int]]) -> GuestMemory:
-    """RAM for ``ranges`` of (gpa, size) as ``config`` wants it. Raises ConfigError and HostError."""
+def allocate(config: "MemoryConfig", ranges: list[tuple[int, int]], shared: bool = False) -> GuestMemory:
+    """RAM for ``ranges`` of (gpa, size) as ``config`` wants it. Raises ConfigError and HostError.
+
+    ``shared`` makes it shareable although ``config`` does not ask for that.
+    """
     regions: list[tuple[int, Region]] = []
     try:
         offset = 0
         for gpa, size in ranges:
-            regions.append((gpa, _region(config, size, offset)))
+            regions.append((gpa, _region(config, size, offset, shared)))
             offset += size
         for _, region in regions:
             _advise(config, region)
@@ -40,9 +43,9 @@ def allocate(config: "MemoryConfig", ranges: list[tuple[int, int]]) -> GuestMemo
         raise
 
 
-def _region(config: "MemoryConfig", size: int, offset: int) -> Region:
+def _region(config: "MemoryConfig", size: int, offset: int, shared: bool) -> Region:
     """``offset`` is where the region begins in RAM counted without holes, and so in a regular file."""
-    if not (config.file or config.shared or config.hugepages):
+    if not (config.file or config.shared or shared or config.hugepages):
         return Region(-1, size)
     fd, offset = _open(config.file, offset) if config.file else (_memfd(config), 0)
     try:

@@ -82,6 +82,9 @@ class VirtioDevice:
         """What the device counted so far, by name."""
         return {}
 
+    def call_changed(self, index: int) -> None:
+        """The driver chose another interrupt for queue ``index``, which may be active."""
+
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes configuration; a device without writable fields ignores it."""
 

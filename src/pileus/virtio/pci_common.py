@@ -99,6 +99,7 @@ class CommonConfig(PythonDevice):
     def _set_queue_vector(self, index: int, number: int) -> None:
         self._queue_vectors[index] = number = self._existing(number)
         self.control.device.queues[index].call_fd = self._fd(number)
+        self.control.device.call_changed(index)
 
     def _existing(self, number: int) -> int:
         """A vector that cannot be had reads back as none (4.1.5.1.2)."""

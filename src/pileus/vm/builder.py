@@ -110,7 +110,8 @@ class _Builder:
         return Vm(memory, threads, (self.ports, self.mmio), self.cleanup, self.devices, self.ged)
 
     def _add_memory(self) -> GuestMemory:
-        memory = backing.allocate(self.config.memory, layout.ram_ranges(self.config.memory.size))
+        ranges = layout.ram_ranges(self.config.memory.size)
+        memory = backing.allocate(self.config.memory, ranges, shared=self.config.has_backends)
         self.cleanup.own(memory)
         for slot, (gpa, region) in enumerate(memory.regions):
             self.vm.set_memory(slot, gpa, region.size, region.hva)
@@ -165,7 +166,8 @@ class _Builder:
 
     def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
-        self.devices = list(devices.make(self.config, self.cleanup, self.virtio_console))
+        made = devices.make(self.config, self.cleanup, self.virtio_console, self.loop)
+        self.devices = list(made)
         carrier = self._carrier(memory)
         for device in self.devices:
             carrier.add(device)

@@ -8,12 +8,15 @@ if TYPE_CHECKING:
     from pileus.config.model import VmConfig
     from pileus.console import Console
     from pileus.virtio.device import VirtioDevice
+    from pileus.vm.vm import Loop
 
 
-def make(config: "VmConfig", cleanup: "Cleanup", console: "Console | None") -> "Iterator[VirtioDevice]":
+def make(
+    config: "VmConfig", cleanup: "Cleanup", console: "Console | None", loop: "Loop"
+) -> "Iterator[VirtioDevice]":
     """Each device, given to ``cleanup`` as it is made. Raises PileusError where the host refuses one.
 
-    ``console`` is the far end of the virtio console, None for no such device.
+    ``console`` is the far end of the virtio console, None for no such device. ``loop`` watches back-ends.
     """
     if console is not None:
         from pileus.virtio.devices.console import make_console
@@ -23,10 +26,20 @@ def make(config: "VmConfig", cleanup: "Cleanup", console: "Console | None") -> "
         cleanup.call(console.disconnect)
         yield port
     for index, disk in enumerate(config.disks):
+        if disk.vhost_user:
+            from pileus.vm import vhost_user_devices
+
+            yield cleanup.own(vhost_user_devices.open_disk(disk, index, loop))
+            continue
         from pileus.virtio.devices.blk import open_disk
 
         yield cleanup.own(open_disk(disk, index))
     for index, net in enumerate(config.net):
+        if net.vhost_user:
+            from pileus.vm import vhost_user_devices
+
+            yield cleanup.own(vhost_user_devices.open_net(net, index, loop))
+            continue
         from pileus.virtio.devices.net import open_net
 
         yield cleanup.own(open_net(net, index))
@@ -37,3 +50,7 @@ def make(config: "VmConfig", cleanup: "Cleanup", console: "Console | None") -> "
         from pileus.virtio.devices.balloon import make_balloon
 
         yield cleanup.own(make_balloon(config.balloon))
+    if config.fs or config.vhost_user_net or config.vhost_user_blk:
+        from pileus.vm import vhost_user_devices
+
+        yield from map(cleanup.own, vhost_user_devices.make(config, loop))

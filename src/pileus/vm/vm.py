@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from pileus.virtio.device import VirtioDevice
     from pileus.vm.vcpu import VcpuThread
 
+    class Timer(Protocol):
+        def cancel(self) -> None: ...
+
     class Loop(Protocol):
         """What a VM needs of the control loop."""
 
         def watch(self, fd: int, events: int, call: Callable[[int], None]) -> None: ...
         def unwatch(self, fd: int) -> None: ...
+        def after(self, seconds: float, call: Callable[[], None]) -> Timer: ...
+        def post(self, call: Callable[[], None]) -> None: ...
 
 
 PLAIN = str.maketrans(" /", "__")

@@ -33,7 +33,9 @@ def of_struct(struct: type[Struct]) -> st.SearchStrategy[Any]:
 
 
 def as_told(config: VmConfig) -> VmConfig:
-    """What clients of today cannot read as null becomes its default; a pty has the name that it has."""
+    """As it comes back: with defaults for what clients of today cannot read as null, and so on."""
+    for fs in config.fs:
+        fs.socket, fs.sock = fs.socket or fs.sock, None
     if config.cpus.max_phys_bits is None:
         config.cpus.max_phys_bits = 46
     for terminal in (config.serial, config.console):
@@ -130,6 +132,24 @@ def test_today_is_understood() -> None:
     assert (config.serial.mode, config.serial.socket, config.console.mode) == ("socket", "/s", "off")
 
 
+def test_back_ends_of_release_0_3_are_understood() -> None:
+    vu_cfg = {"sock": "/s", "num_queues": 4, "queue_size": 512}
+    body = {
+        "vhost_user_net": [{"mac": "2e:00:00:00:00:01", "vu_cfg": vu_cfg}],
+        "vhost_user_blk": [{"wce": False, "vu_cfg": vu_cfg}],
+        "fs": [{"tag": "t", "sock": "/f", "num_queues": 1, "queue_size": 128, "cache_size": 1 << 30}],
+    }
+    config = generations.decode(body)
+    net, blk, fs = config.vhost_user_net[0], config.vhost_user_blk[0], config.fs[0]
+    assert (net.sock, net.num_queues, net.queue_size) == ("/s", 4, 512)
+    assert (blk.sock, blk.wce) == ("/s", False)
+    assert (fs.path, fs.cache_size) == ("/f", 1 << 30)
+    told = generations.encode(config)
+    assert told["vhost_user_net"][0]["vu_cfg"] == told["vhost_user_blk"][0]["vu_cfg"] == vu_cfg
+    assert told["fs"][0]["sock"] == told["fs"][0]["socket"] == "/f"
+    assert generations.decode(told) == as_told(config)
+
+
 def test_a_terminal_that_is_on_a_pty_may_name_it() -> None:
     config = generations.decode({"serial": {"mode": "Pty", "file": "/dev/pts/3"}})
     assert (config.serial.mode, config.serial.file) == ("pty", None)
@@ -165,6 +185,19 @@ WRONG: dict[str, tuple[Any, str]] = {
     "more in an old object": ({"kernel": {"path": "/k", "a": 1}}, "kernel.a 1: the only field is path"),
     "a payload of no kind": ({"kernel": {"path": "/k"}, "payload": 1}, "payload 1: it takes an object"),
     "what is not there": ({"watchdog": True}, "watchdog true: only false or null is possible yet"),
+    "two sockets": (
+        {"fs": [{"tag": "t", "sock": "/a", "socket": "/b"}]},
+        r'fs\[0\].sock "/a": socket says another thing',
+    ),
+    "more of a back-end": (
+        {"vhost_user_blk": [{"vu_cfg": {"wce": True}}]},
+        r"vhost_user_blk\[0\].vu_cfg.wce true: fields are sock",
+    ),
+    "no back-end": ({"vhost_user_blk": [{"vu_cfg": 1}]}, r"vhost_user_blk\[0\].vu_cfg 1: it takes an object"),
+    "a back-end without a socket": (
+        {"vhost_user_blk": [{"vu_cfg": {}}]},
+        r"vhost_user_blk\[0\].sock is missing: it takes a path",
+    ),
     "0 is not false": ({"watchdog": 0}, "watchdog 0: only false or null"),
     "within": ({"memory": {"hotplug_size": 1}}, "memory.hotplug_size 1: only null or 0 is possible yet"),
 }

@@ -12,10 +12,14 @@ from pileus.config.model import (
     BalloonConfig,
     ConsoleConfig,
     CpusConfig,
+    DiskConfig,
+    FsConfig,
     MemoryConfig,
     NetConfig,
     PayloadConfig,
     SerialConfig,
+    VhostUserBlkConfig,
+    VhostUserNetConfig,
     VmConfig,
     VmmConfig,
 )
@@ -39,6 +43,11 @@ GOOD = [
     VmConfig(net=[NetConfig(tap="a", num_queues=4), NetConfig(tap="b", mask="255.0.0.0")]),
     VmConfig(net=[NetConfig(fd=[3, 4]), NetConfig(fd=[5], num_queues=2)]),
     VmConfig(net=[NetConfig(ip="fd00::1", mask="ffff::")]),
+    VmConfig(disks=[DiskConfig(vhost_user=True, socket="/s"), DiskConfig(path="/p")]),
+    VmConfig(net=[NetConfig(vhost_user=True, socket="/s", vhost_mode="server", mac="2e:00:00:00:00:01")]),
+    VmConfig(fs=[FsConfig(tag="a", sock="/s"), FsConfig(tag="b", socket="/t", dax=False)]),
+    VmConfig(fs=[FsConfig(tag="a", sock="/s", cache_size=GIB)]),
+    VmConfig(vhost_user_net=[VhostUserNetConfig(sock="/s")], vhost_user_blk=[VhostUserBlkConfig(sock="/t")]),
 ]
 MAC = "2e:00:00:00:00:01"
 BAD = {
@@ -104,6 +113,45 @@ BAD = {
         net=[NetConfig(fd=[3, 4], num_queues=2)]
     ),
     "--net fd=[2]: 0 to 2 are standard input, output and error": VmConfig(net=[NetConfig(fd=[2])]),
+    "--disk path=: a path is required, or vhost_user=on with a socket": VmConfig(disks=[DiskConfig()]),
+    "--disk vhost_user=on: socket= is required": VmConfig(disks=[DiskConfig(vhost_user=True)]),
+    "--disk vhost_user=on,path=/p: the back-end decides, so path has no place": VmConfig(
+        disks=[DiskConfig(vhost_user=True, socket="/s", path="/p")]
+    ),
+    "--disk vhost_user=on,iommu=on: no back-end can be behind the virtual IOMMU": VmConfig(
+        disks=[DiskConfig(vhost_user=True, socket="/s", iommu=True)]
+    ),
+    "--net socket=/s: socket needs vhost_user=on": VmConfig(net=[NetConfig(socket="/s")]),
+    "--net vhost_mode=server: vhost_mode needs vhost_user=on": VmConfig(net=[NetConfig(vhost_mode="server")]),
+    "--net vhost_user=on,tap=a: the back-end decides, so tap has no place": VmConfig(
+        net=[NetConfig(vhost_user=True, socket="/s", tap="a")]
+    ),
+    "--vhost-user-net num_queues=3: receive and transmit queues make an even number": VmConfig(
+        vhost_user_net=[VhostUserNetConfig(sock="/s", num_queues=3)]
+    ),
+    "--vhost-user-blk queue_size=100: a queue's size is a power of two": VmConfig(
+        vhost_user_blk=[VhostUserBlkConfig(sock="/s", queue_size=100)]
+    ),
+    "--vhost-user-blk sock=/s: another device has this socket already": VmConfig(
+        vhost_user_blk=[VhostUserBlkConfig(sock="/s")], vhost_user_net=[VhostUserNetConfig(sock="/s")]
+    ),
+    "--fs tag=a: sock= is required": VmConfig(fs=[FsConfig(tag="a")]),
+    "--fs sock=/s,socket=/t: one of sock and socket is enough": VmConfig(
+        fs=[FsConfig(tag="a", sock="/s", socket="/t")]
+    ),
+    "--fs tag=a: another directory has this tag already": VmConfig(
+        fs=[FsConfig(tag="a", sock="/s"), FsConfig(tag="a", sock="/t")]
+    ),
+    "--fs dax=off,cache_size=1G: without dax there is no window to size": VmConfig(
+        fs=[FsConfig(tag="a", sock="/s", dax=False, cache_size=GIB)]
+    ),
+    "--fs cache_size=3M: a power of two, at least 4K": VmConfig(
+        fs=[FsConfig(tag="a", sock="/s", cache_size=3 * MIB)]
+    ),
+    "--memory mergeable=on: a vhost-user back-end shares the memory,"
+    " and the host merges only what is not shared": VmConfig(
+        memory=MemoryConfig(mergeable=True), fs=[FsConfig(tag="a", sock="/s")]
+    ),
     "--net ip=fd00::1,mask=255.0.0.0: ip and mask are both of IPv4 or both of IPv6": VmConfig(
         net=[NetConfig(ip="fd00::1", mask="255.0.0.0")]
     ),

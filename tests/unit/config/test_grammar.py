@@ -13,10 +13,13 @@ from pileus.config.model import (
     ConsoleConfig,
     CpusConfig,
     DiskConfig,
+    FsConfig,
     MemoryConfig,
     NetConfig,
     RngConfig,
     SerialConfig,
+    VhostUserBlkConfig,
+    VhostUserNetConfig,
 )
 from pileus.errors import ConfigError
 
@@ -31,6 +34,9 @@ STRUCTS = [
     NetConfig,
     DiskConfig,
     BalloonConfig,
+    FsConfig,
+    VhostUserNetConfig,
+    VhostUserBlkConfig,
     ApiSocketConfig,
 ]
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
-from pileus.config.model import CpusConfig, VmConfig
+from pileus.config.model import CpusConfig, FsConfig, NetConfig, VhostUserBlkConfig, VmConfig
 from pileus.console import Console, open_console
 from pileus.errors import ConfigError, KvmError
 from pileus.kvm import Kvm
+from pileus.vhost_user.devices.fs import VhostUserFs
 from pileus.vm.builder import build, topology_of
 from pileus.vm.vcpu import Event
-from pileus.vmm.loop import Loop
+from pileus.vmm.loop import Loop, Timer
 from tests.unit import tiny
+from tests.unit.vhost_user.fake_backend import FakeBackend
 
 
 @pytest.fixture
@@ -44,6 +46,10 @@ def ignore(event: Event) -> None:
     pass
 
 
+def ignore_call() -> None:
+    pass
+
+
 class Idle:
     """A control loop that serves nothing."""
 
@@ -51,6 +57,12 @@ class Idle:
         pass
 
     def unwatch(self, fd: int) -> None:
+        pass
+
+    def after(self, seconds: float, call: object) -> Timer:
+        return Timer(0, ignore_call)
+
+    def post(self, call: object) -> None:
         pass
 
 
@@ -123,6 +135,36 @@ def test_a_vm_can_be_closed_twice_and_without_having_run(kvm: Kvm, config: VmCon
     assert vm.exits == {}
     vm.close()
     vm.close()
+
+
+def test_a_back_end_is_given_the_guest_s_memory(kvm: Kvm, config: VmConfig, tmp_path: Path) -> None:
+    """And so it is shared, without being asked for."""
+    before = os.listdir("/proc/self/fd")
+    blk, net, fs = (FakeBackend(tmp_path / name) for name in ("blk", "net", "fs"))
+    config.vhost_user_blk = [VhostUserBlkConfig(sock=blk.path, num_queues=2)]
+    config.net = [NetConfig(vhost_user=True, socket=net.path)]
+    config.fs = [FsConfig(tag="shared", sock=fs.path)]
+    loop = Loop()
+    vm = build(config, kvm, None, ignore, loop)
+    assert all(region.fd >= 0 for _, region in vm.memory.regions)
+    vm.close()
+    loop.close()
+    for backend in (blk, net, fs):
+        backend.close()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_back_end_that_is_not_there_is_told_of(
+    kvm: Kvm, config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = VhostUserFs.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "patience", 0)
+    before = tiny.held()
+    config.fs = [FsConfig(tag="shared", sock=str(tmp_path / "nobody"))]
+    with pytest.raises(ConfigError, match=r"--fs .*nobody: no back-end is there"):
+        build(config, kvm, None, ignore, IDLE)
+    assert tiny.held() == before
 
 
 def test_two_vms_are_built_side_by_side(kvm: Kvm, config: VmConfig) -> None:

@@ -68,6 +68,8 @@ cdef class BlkQueue(Engine):
     cdef Request *free_requests
     cdef uint32_t in_flight
     cdef uint32_t jobs              # of them with workers
+    cdef uint32_t misses            # times in a row that it did not help to stay awake
+    cdef uint32_t skips             # sleeps until that is tried again
     cdef bint stopping
     cdef bint late                  # what was cancelled has still not come back
     cdef uint64_t guarded
@@ -76,6 +78,7 @@ cdef class BlkQueue(Engine):
     cdef void _give_back(self) noexcept nogil
     cdef int _serve_ring(self) noexcept nogil
     cdef int _serve_threads(self) noexcept nogil
+    cdef bint _linger(self) noexcept nogil
     cdef int _take(self) noexcept nogil
     cdef int _start(self, Request *request) noexcept nogil
     cdef bint _parse_segments(self, Request *request) noexcept nogil

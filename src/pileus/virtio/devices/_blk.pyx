@@ -18,7 +18,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 
-from pileus._posix cimport eventfd_consume, iovec
+from pileus._posix cimport eventfd_consume, iovec, load_u16
 from pileus.block._image cimport EXTENT_DATA, EXTENT_OTHER, EXTENT_ZERO, Image
 from pileus.block._transfer cimport cursor_drain, cursor_fill, cursor_skip, cursor_start, cursor_take, cursor_zero
 from pileus.block._uring cimport (
@@ -60,6 +60,13 @@ cdef extern from "<poll.h>" nogil:
     short POLLIN
 
 
+cdef extern from *:
+    """
+    #define pileus_cpu_relax() __builtin_ia32_pause()
+    """
+    void cpu_relax "pileus_cpu_relax"() nogil
+
+
 cdef extern from "<linux/fs.h>":
     uint32_t RWF_DSYNC
 
@@ -76,6 +83,9 @@ cdef enum:
     SERIAL_SIZE = 20
     UNMAP = 1               # flag of a segment of WRITE_ZEROES
     WORKERS = 4             # threads at most, of one queue
+    TURN = 1 << 20          # bytes, about: the driver hears of them while the next are being moved
+    LINGER = 1000           # looks at the ring before it sleeps, some 40 us
+    MOST_SKIPS = 64         # sleeps without such looks
     PATIENCE = 10           # seconds for what is under way at the end; again as long for it to be cancelled
 
 cdef enum:                  # types of requests
@@ -170,7 +180,7 @@ cdef class BlkQueue(Engine):
         """All that requests will need, so that later nothing can fail for want of memory."""
         cdef uint32_t index, count = self.queue.size
         self.bad, self.stopping, self.late, self.once = NOT_BAD, False, False, False
-        self.in_flight = self.jobs = 0
+        self.in_flight = self.jobs = self.misses = self.skips = 0
         self.free_requests, self.workers = NULL, NULL
         self.has_ring = not self.threads and ring_open(&self.ring, 2 * count + 8) == 0
         self.fixed = self.has_ring and ring_fix_file(&self.ring, self.image.fd) == 0
@@ -223,13 +233,31 @@ cdef class BlkQueue(Engine):
                 if patient:
                     patient = False
                     self._patience(OUT_OF_PATIENCE)
-            elif self.free_requests != NULL and self.queue.enable_kicks():
+            elif self.free_requests != NULL and (self._linger() or self.queue.enable_kicks()):
                 self.queue.disable_kicks()
                 continue
             rc = ring_enter(&self.ring, 1)
             if rc < 0:
                 return rc
             self.queue.disable_kicks()
+
+    cdef bint _linger(self) noexcept nogil:
+        """Stay awake for a moment: true where the driver offers more. The longer that did not help, the
+        less often it is tried."""
+        cdef int turn
+        if self.in_flight:
+            return False
+        if self.skips:
+            self.skips -= 1
+            return False
+        for turn in range(LINGER):
+            if load_u16(&self.queue.avail[1]) != self.queue.next_avail:
+                self.misses = 0
+                return True
+            cpu_relax()
+        self.misses = min(self.misses + 1, <uint32_t>MOST_SKIPS)
+        self.skips = self.misses
+        return False
 
     cdef int _serve_threads(self) noexcept nogil:
         cdef pollfd[3] fds
@@ -264,10 +292,11 @@ cdef class BlkQueue(Engine):
     # -- from the driver --------------------------------------------------------------------------
 
     cdef int _take(self) noexcept nogil:
-        """Begin all that is offered; how many."""
+        """Begin what is offered, up to what one turn of the loop should move; how many."""
         cdef Request *request
         cdef int got, taken = 0
-        while not self.stopping and self.free_requests != NULL:
+        cdef uint64_t length = 0
+        while not self.stopping and self.free_requests != NULL and length < TURN:
             request = self.free_requests
             got = self.queue.take(&request.chain)
             if got == 0:
@@ -276,6 +305,7 @@ cdef class BlkQueue(Engine):
                 self.stopping = True  # what is under way may end
                 break
             taken += 1
+            length += request.chain.readable_length + request.chain.writable_length
         return taken
 
     cdef int _start(self, Request *request) noexcept nogil:

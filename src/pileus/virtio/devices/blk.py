@@ -171,6 +171,7 @@ class Blk(VirtioDevice):
 
 def open_disk(config: "DiskConfig", index: int) -> Blk:
     """The disk that ``config`` describes, the ``index``-th. Raises HostError and ConfigError."""
+    assert config.path is not None  # by the rules of the configuration
     image = open_image(config.path, readonly=config.readonly, direct=config.direct, format=config.image_type)
     try:
         if not image.size:

@@ -1,0 +1,1 @@
+"""Devices whose queues are served by a vhost-user back-end."""
