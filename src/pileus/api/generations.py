@@ -137,7 +137,8 @@ def schemas() -> "dict[str, Json]":
             }
     for struct_name in BACKENDS.values():
         schema = found[struct_name]
-        schema.pop("required", None)
+        schema.pop("required", None)  # it may be in either place
+        schema["properties"]["sock"]["type"] = ["string", "null"]
         schema["properties"]["vu_cfg"] = {
             "type": ["object", "null"],
             "properties": {key: schema["properties"][key] for key in VU_CFG},
