@@ -41,8 +41,15 @@ TOOL_REQUIREMENTS = {
     "build": ["cython>=3.1,<4", "setuptools>=68", "wheel"],
     "test": ["ruff>=0.6", "mypy>=1.11"],
 }
-# With pytest 9.2 xdist groups nothing (its issue 1386), and guests that tests share would boot twice.
-VENV_REQUIREMENTS = {"test": ["pytest>=8,<9.2", "pytest-xdist>=3", "hypothesis>=6.100"]}
+VENV_REQUIREMENTS = {
+    "test": [
+        "pytest>=8,<9.2",  # with 9.2 xdist groups nothing (its issue 1386): shared guests would boot twice
+        "pytest-xdist>=3",
+        "hypothesis>=6.100",
+        "openapi-spec-validator>=0.7",
+        "schemathesis>=4,<5",
+    ]
+}
 
 
 def main(arguments: list[str]) -> int:

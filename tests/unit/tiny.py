@@ -28,6 +28,7 @@ SPIN = bytes.fromhex("ebfe")
 PANIC = bytes.fromhex("66ba0505 b001 ee")  # out 0x505, 1
 READ_I8042 = bytes.fromhex("e464")
 ENTER_A_HOLE = bytes.fromhex("b8000000d0 ffe0")  # jmp 0xd0000000, where neither RAM nor a device is
+SPIN_BACK = bytes.fromhex("ebf8")  # after COUNT: jmp to it
 COUNT = bytes.fromhex("fe0500002000")  # inc byte [COUNTER]
 
 

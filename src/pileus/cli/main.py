@@ -11,17 +11,27 @@ from pileus.cli.args import build, scan
 from pileus.cli.options import HELP, OPTIONS, VERSION
 from pileus.cli.summary import summary
 from pileus.config.check import check
-from pileus.config.model import VmConfig, VmmConfig
+from pileus.config.model import ApiSocketConfig, VmConfig, VmmConfig
 from pileus.errors import ConfigError, PileusError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pileus.cleanup import Closeable
+    from pileus.vmm.control import Control
 
 STDOUT, STDERR = 1, 2
 SIGINT = 2
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command with ``arguments`` (default: the process's); return its exit status."""
+def main(arguments: list[str] | None = None, face: str = "pileus") -> int:
+    """Run the command with ``arguments`` (default: the process's); return its exit status.
+
+    ``face`` is the name that the command goes by, pileus or cloud-hypervisor.
+    """
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        return _run(sys.argv[1:] if arguments is None else arguments, face)
     except PileusError as error:
         _say(STDERR, f"pileus: {log.one_line(str(error))}\n")
         return 1
@@ -33,18 +43,20 @@ def configure(given: dict[str, list[str]]) -> VmmConfig:
     """The configuration that the options ask for, checked; its VM may lack a kernel. Raises ConfigError."""
     config = build(VmmConfig, OPTIONS, given)
     config.vm = config.vm or VmConfig()
+    if config.vm.payload.kernel is None and config.api_socket is None:
+        config.api_socket = ApiSocketConfig()  # or nobody could make this process do anything
     check(config)
     return config
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], face: str) -> int:
     given = scan(arguments, OPTIONS)
     if HELP.flag in given:
         from pileus.cli.help import usage
 
         return _say(STDOUT, usage())
     if VERSION.flag in given:
-        return _say(STDOUT, f"pileus {__version__}\n")
+        return _say(STDOUT, f"{face} {_version(face)}\n")
     config = configure(given)
     _start_log(config)
     _say(STDOUT, summary(config))
@@ -52,7 +64,26 @@ def _run(arguments: list[str]) -> int:
         config.vm = None  # nothing to boot: the API may bring a VM later
     from pileus.vmm.vmm import run
 
-    return run(config)
+    return run(config, None if config.api_socket is None else _serve(config.api_socket))
+
+
+def _version(face: str) -> str:
+    if face == "pileus":
+        return __version__
+    from pileus.config.release import COMPATIBLE
+
+    return f"v{COMPATIBLE}"  # with the v, as who starts it by that name expects
+
+
+def _serve(config: "ApiSocketConfig") -> "Callable[[Control], Closeable]":
+    """What opens the API; all that it needs is imported then."""
+
+    def serve(vmm: "Control") -> "Closeable":
+        from pileus.api import serve
+
+        return serve.serve(config, vmm)
+
+    return serve
 
 
 def _start_log(config: VmmConfig) -> None:

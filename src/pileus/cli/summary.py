@@ -14,7 +14,7 @@ def summary(config: "VmmConfig") -> str:
     vm = config.vm or VmConfig()
     api = config.api_socket
     rows = {
-        "API server": api.where if api.fd is None else f"fd {api.fd}",
+        "API server": api and (api.where if api.fd is None else f"fd {api.fd}"),
         "vCPUs": vm.cpus.boot,
         "Memory": f"{vm.memory.size // MIB} MB",
         "Kernel": vm.payload.kernel,

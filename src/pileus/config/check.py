@@ -34,7 +34,7 @@ HUGE_PAGE_SIZES = (2 * MIB, GIB)  # what x86 has
 def check(config: "VmmConfig") -> None:
     """Judge a whole process's configuration. Raises ConfigError for the first rule that is broken."""
     socket = config.api_socket
-    if socket.path is not None and socket.fd is not None:
+    if socket is not None and socket.path is not None and socket.fd is not None:
         raise _at_odds("--api-socket", socket, ("path", "fd"), "one of path and fd is enough")
     if config.vm is not None:
         check_vm(config.vm)

@@ -1,7 +1,7 @@
 """What a value can be: how it is read, how it is written, and how ``--help`` and errors describe it.
 
-A kind is shared by all fields that take it, and holds no value. ``read`` raises ValueError, to which the
-caller adds option, key and ``allowed``. In the API most kinds will look as in ``parse``'s result.
+A kind is shared by all fields that take it, and holds no value. ``read`` and ``from_json`` raise ValueError,
+to which the caller adds option, key and ``allowed`` or ``json_allowed``.
 """
 
 import os
@@ -39,6 +39,26 @@ class Kind:
     def format(self, value: "Any") -> str:
         return str(value)
 
+    @property
+    def json_allowed(self) -> str:
+        """``allowed``, as a client of the API is told."""
+        return self.allowed
+
+    def from_json(self, value: object) -> object:
+        """The value that ``value``, from a JSON document, stands for. Raises ValueError."""
+        if type(value) is not str:
+            raise ValueError("no text")
+        value.encode()  # UnicodeEncodeError is a ValueError: half a pair of surrogates is no text
+        return self.parse(value)
+
+    def to_json(self, value: "Any") -> object:
+        """What ``from_json`` turns into ``value``."""
+        return value
+
+    def schema(self) -> "dict[str, Any]":
+        """What ``from_json`` takes, as JSON Schema."""
+        return {"type": "string"}
+
 
 class Size(Kind):
     """Bytes."""
@@ -51,6 +71,14 @@ class Size(Kind):
 
     def format(self, value: int) -> str:
         return units.format_size(value)
+
+    json_allowed = "a number of bytes below 2^64"
+
+    def from_json(self, value: object) -> int:
+        return _whole(value, 0, units.SIZE_MAX)
+
+    def schema(self) -> "dict[str, Any]":
+        return {"type": "integer", "format": "uint64", "minimum": 0, "maximum": units.SIZE_MAX}
 
 
 class Count(Kind):
@@ -69,6 +97,12 @@ class Count(Kind):
             raise ValueError(f"{value} is out of bounds")
         return value
 
+    def from_json(self, value: object) -> int:
+        return _whole(value, self.low, self.high)
+
+    def schema(self) -> "dict[str, Any]":
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
+
 
 class Switch(Kind):
     metavar = "on|off"
@@ -80,9 +114,19 @@ class Switch(Kind):
     def format(self, value: bool) -> str:
         return units.format_switch(value)
 
+    json_allowed = "true or false"
+
+    def from_json(self, value: object) -> bool:
+        if type(value) is not bool:
+            raise ValueError("neither true nor false")
+        return value
+
+    def schema(self) -> "dict[str, Any]":
+        return {"type": "boolean"}
+
 
 class Choice(Kind):
-    """One of a few words."""
+    """One of a few words; they begin with a capital in the API."""
 
     def __init__(self, *words: str) -> None:
         self.words = words
@@ -94,10 +138,30 @@ class Choice(Kind):
             raise ValueError(f"{text!r} is not among them")
         return text
 
+    @property
+    def json_allowed(self) -> str:
+        words = [word.capitalize() for word in self.words]
+        return f"{', '.join(words[:-1])} or {words[-1]}"
+
+    def from_json(self, value: object) -> str:
+        for word in self.words:
+            if value == word.capitalize():
+                return word
+        raise ValueError("not among them")
+
+    def to_json(self, value: str) -> str:
+        return value.capitalize()
+
+    def schema(self) -> "dict[str, Any]":
+        return {"type": "string", "enum": [word.capitalize() for word in self.words]}
+
 
 class Path(Kind):
     metavar = "PATH"
     allowed = "a path, not an empty one"
+
+    def schema(self) -> "dict[str, Any]":
+        return {"type": "string", "pattern": r"^[^\x00]+$"}
 
     def parse(self, text: str) -> str:
         if not text or "\0" in text:
@@ -117,6 +181,9 @@ class Interface(Kind):
             raise ValueError(f"{text!r} is no name of an interface")
         return text
 
+    def schema(self) -> "dict[str, Any]":
+        return {"type": "string", "minLength": 1, "maxLength": 15}
+
 
 class Mac(Kind):
     """A MAC address that one interface can have; in lower case."""
@@ -131,6 +198,9 @@ class Mac(Kind):
         if int(parts[0], 16) & 1 or set(parts) == {"00"}:
             raise ValueError(f"{text!r} is not the address of one interface")
         return ":".join(parts)
+
+    def schema(self) -> "dict[str, Any]":
+        return {"type": "string", "pattern": "^([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}$"}
 
 
 class Address(Kind):
@@ -179,6 +249,9 @@ class Printable(Kind):
             raise ValueError("not printable ASCII, or too long")
         return text
 
+    def schema(self) -> "dict[str, Any]":
+        return {"type": "string", "pattern": "^[ -~]*$", "maxLength": self.limit - 1}
+
 
 class Times(Kind):
     """How often a flag was given."""
@@ -191,10 +264,11 @@ class Times(Kind):
 
 
 class Tuple(Kind):
-    """As many positive numbers as there are ``names``, which are the value's parts in the API."""
+    """As many positive numbers as there are ``names``; ``wire`` are the names of these parts in the API."""
 
-    def __init__(self, *names: str, high: int) -> None:
+    def __init__(self, *names: str, high: int, wire: tuple[str, ...] = ()) -> None:
         self.names = names
+        self.wire = wire or names
         self.number = Count(1, high)
         self.metavar = ":".join(name.upper() for name in names)
         self.allowed = f"{self.metavar}, {len(names)} numbers from 1 to {high}"
@@ -207,6 +281,20 @@ class Tuple(Kind):
 
     def format(self, value: tuple[int, ...]) -> str:
         return ":".join(map(str, value))
+
+    @property
+    def json_allowed(self) -> str:
+        return f"an object of {', '.join(self.wire)}, which are {self.number.allowed}"
+
+    def from_json(self, value: object) -> tuple[int, ...]:
+        parts = _object(value, self.wire)
+        return tuple(self.number.from_json(parts[name]) for name in self.wire)
+
+    def to_json(self, value: tuple[int, ...]) -> dict[str, int]:
+        return dict(zip(self.wire, value, strict=True))
+
+    def schema(self) -> "dict[str, Any]":
+        return _object_schema(dict.fromkeys(self.wire, self.number.schema()))
 
 
 class Ranges(Kind):
@@ -230,6 +318,18 @@ class Ranges(Kind):
     def format(self, value: list[int]) -> str:
         return f"[{','.join(map(str, value))}]"
 
+    @property
+    def json_allowed(self) -> str:
+        return f"a list of numbers below {self.number.high + 1}, not an empty one"
+
+    def from_json(self, value: object) -> list[int]:
+        if type(value) is not list or not value:
+            raise ValueError("no list, or an empty one")
+        return sorted({self.number.from_json(each) for each in value})
+
+    def schema(self) -> "dict[str, Any]":
+        return {"type": "array", "items": self.number.schema(), "minItems": 1}
+
     def _range(self, text: str) -> range:
         first, dash, last = text.partition("-")
         low = self.number.parse(first)
@@ -240,11 +340,15 @@ class Ranges(Kind):
 
 
 class Mapping(Kind):
-    """A bracketed list of pairs, ``[KEY@VALUE,...]``, as a dict; a key given twice is an error."""
+    """A bracketed list of pairs, ``[KEY@VALUE,...]``, as a dict; a key given twice is an error.
 
-    def __init__(self, key: Kind, value: Kind) -> None:
+    In the API it is a list of objects, whose two keys are ``wire``.
+    """
+
+    def __init__(self, key: Kind, value: Kind, wire: tuple[str, str] = ("key", "value")) -> None:
         self.key = key
         self.value = value
+        self.wire = wire
         self.metavar = f"[{key.metavar}@{value.metavar},...]"
         self.allowed = f"{self.metavar}, {key.allowed} (each once) @ {value.allowed}"
 
@@ -261,6 +365,33 @@ class Mapping(Kind):
         pairs = (f"{self.key.write(key)}@{self.value.write(each)}" for key, each in value.items())
         return f"[{','.join(pairs)}]"
 
+    @property
+    def json_allowed(self) -> str:
+        key, value = self.wire
+        key_allowed, value_allowed = self.key.json_allowed, self.value.json_allowed
+        return f"a list of objects, {key}: {key_allowed} (each once), {value}: {value_allowed}"
+
+    def from_json(self, value: object) -> dict[object, object]:
+        if type(value) is not list:
+            raise ValueError("no list")
+        key, each = self.wire
+        pairs = [_object(item, self.wire) for item in value]
+        found = {self.key.from_json(pair[key]): self.value.from_json(pair[each]) for pair in pairs}
+        if len(found) != len(pairs):
+            raise ValueError("a key twice")
+        return found
+
+    def to_json(self, value: dict[object, object]) -> list[dict[str, object]]:
+        key, each = self.wire
+        return [{key: self.key.to_json(one), each: self.value.to_json(other)} for one, other in value.items()]
+
+    def schema(self) -> "dict[str, Any]":
+        key, value = self.wire
+        return {
+            "type": "array",
+            "items": _object_schema({key: self.key.schema(), value: self.value.schema()}),
+        }
+
 
 class Nested(Kind):
     """A struct: a whole option on the command line, an object in the API."""
@@ -273,3 +404,25 @@ class Nested(Kind):
 
 class Many(Nested):
     """A list of structs: an option that is given once per device, or once with many values."""
+
+
+def _whole(value: object, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:  # bool is another type here
+        raise ValueError(f"no whole number from {low} to {high}")
+    return value
+
+
+def _object(value: object, names: tuple[str, ...]) -> "dict[str, Any]":
+    """``value``, an object with exactly these ``names``."""
+    if type(value) is not dict or value.keys() != set(names):
+        raise ValueError(f"no object of {', '.join(names)}")
+    return value
+
+
+def _object_schema(properties: "dict[str, Any]") -> "dict[str, Any]":
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }

@@ -45,6 +45,7 @@ SERIAL_LIMIT = 21  # one more than there is room for: virtio 1.2, 5.2.6
 PATH, SIZE, SWITCH = Path(), Size(), Switch()
 FD = Count(0, FD_MAX)
 VCPUS = Count(1, MAX_VCPUS)
+TOPOLOGY = ("threads_per_core", "cores_per_die", "dies_per_package", "packages")
 MODE = Choice("off", "null", "tty", "pty", "file", "socket")
 MODE_HELP = "off is no device, null a silent one, tty the terminal of pileus, pty a new one"
 
@@ -63,7 +64,7 @@ class CpusConfig(Struct):
         wire="max_vcpus",
     )
     topology: tuple[int, int, int, int] | None = field(
-        Tuple("threads", "cores", "dies", "packages", high=MAX_VCPUS),
+        Tuple("threads", "cores", "dies", "packages", high=MAX_VCPUS, wire=TOPOLOGY),
         "threads per core, cores per die, dies per package, and packages; their product is max",
         default=None,
         default_help="one package with a core per vCPU",
@@ -72,7 +73,7 @@ class CpusConfig(Struct):
         Count(36, 52), "physical address bits that the guest sees", default=None, default_help="as the host"
     )
     affinity: dict[int, list[int]] | None = field(
-        Mapping(Count(0, MAX_VCPUS - 1), Ranges(MAX_HOST_CPUS)),
+        Mapping(Count(0, MAX_VCPUS - 1), Ranges(MAX_HOST_CPUS), wire=("vcpu", "host_cpus")),
         "host CPUs that a vCPU may run on, as in [0@[0-3],1@[2,4]]",
         default=None,
         default_help="any",
@@ -333,10 +334,10 @@ class VmmConfig(Struct):
     """The whole of a pileus process."""
 
     vm: VmConfig | None = field(Nested(VmConfig), "the VM to boot", default=None)
-    api_socket: ApiSocketConfig = field(
+    api_socket: ApiSocketConfig | None = field(
         Nested(ApiSocketConfig),
-        "where the API will listen; nothing does yet",
-        factory=lambda _: ApiSocketConfig(),
+        "where the HTTP API listens; without --kernel it always does",
+        default=None,
     )
     seccomp: str = field(
         Choice("true", "false", "log", "errno"),

@@ -1,12 +1,11 @@
 """A console on a listening Unix stream socket, for one client at a time."""
 
 import os
-import socket
-import stat
 
 from pileus.console._sink import SEND
 from pileus.console.console import READABLE, Console
 from pileus.errors import HostError
+from pileus.listener import Listener
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,8 +25,7 @@ class SocketConsole(Console):
         super().__init__(name, warn)
         self.path = path
         try:
-            self._listener = _listen(path)
-            self._identity = _identity(path)
+            self._listener = Listener(path)
         except OSError as error:
             self.close()
             raise HostError(f"listen for a client of {name} on", path, error) from error
@@ -47,15 +45,12 @@ class SocketConsole(Console):
     def close(self) -> None:
         """Also remove the socket file, if it is still ours."""
         super().close()
-        if (listener := getattr(self, "_listener", None)) is None or listener.fileno() < 0:
-            return
-        listener.close()
-        if self.path is not None and _identity(self.path) == self._identity:
-            os.unlink(self.path)
+        if (listener := getattr(self, "_listener", None)) is not None:
+            listener.close()
 
     def _accept(self) -> None:
         try:
-            client, _ = self._listener.accept()
+            client, _ = self._listener.socket.accept()
         except OSError:  # it left again, or there are no fds left
             return
         self._drop()
@@ -77,44 +72,3 @@ class SocketConsole(Console):
         self._watch()
         if fd >= 0:
             os.close(fd)
-
-
-def _listen(path: str) -> socket.socket:
-    """A listener that only this user can connect to, in place of a stale one. Raises OSError, HostError."""
-    _remove_stale(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        os.fchmod(listener.fileno(), 0o600)  # bind gives the file this mode: there is no moment to slip in
-        listener.bind(path)
-        listener.listen(1)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket file that nobody listens on. Raises HostError if somebody does, or it is no socket."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise HostError("listen on", path, "it exists and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:  # its backlog is full
-            pass
-    raise HostError("listen on", path, "another process does")
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

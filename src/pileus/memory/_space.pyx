@@ -131,10 +131,12 @@ cdef class Region:
 
     def close(self):
         """Unmap and close. Raises BufferError while a memoryview of it is alive."""
+        cdef void *base = self.base
         self._check_unused()
-        if self.base != NULL:
-            munmap(self.base, self.size)
+        if base != NULL:
             self.base = NULL
+            with nogil:  # a large region takes seconds
+                munmap(base, self.size)
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -45,6 +45,8 @@ class VirtioDevice:
         self.driver_features = 0  # what was negotiated, once the driver said FEATURES_OK
         self.memory: GuestMemory | None = None  # while active
         self.behind_iommu = False
+        self.paused = False  # the VM is; what the driver kicks, if anything, waits
+        self._waiting: set[int] = set()  # queues that were kicked meanwhile
         self.failed = False  # the driver broke a rule, and nothing is served until its reset
         self.changed: Callable[[], None] = _nothing  # the transport's: interrupts for a new configuration
         self.broke: Callable[[], None] = _nothing  # the transport's: sets NEEDS_RESET
@@ -61,10 +63,24 @@ class VirtioDevice:
         """Touch neither queues nor guest memory from here on; called before the queues are reset."""
 
     def pause(self) -> None:
-        """Return when nothing is under way; what the driver offers meanwhile waits for ``resume``."""
+        """Leave guest memory alone from when this returns until ``resume``; queues stay as they are.
+
+        The VM's vCPUs are out of the guest. A device with compiled queues stops its engines, too.
+        """
+        with self.lock:
+            self.paused = True
 
     def resume(self) -> None:
-        """Go on after ``pause``."""
+        """Go on, also with what was kicked meanwhile."""
+        with self.lock:
+            self.paused = False
+            waiting, self._waiting = self._waiting, set()
+            for index in sorted(waiting):
+                self.kicked(index)
+
+    def counters(self) -> "dict[str, int]":
+        """What the device counted so far, by name."""
+        return {}
 
     def call_changed(self, index: int) -> None:
         """The driver chose another interrupt for queue ``index``, which may be active."""
@@ -103,6 +119,9 @@ class VirtioDevice:
     def kicked(self, index: int) -> None:
         """Serve queue ``index``, whose kick fd was readable."""
         with self.lock:
+            if self.paused:
+                self._waiting.add(index)
+                return
             if self.memory is None or self.failed or not self.queues[index].active:
                 return
             try:

@@ -13,6 +13,7 @@ from pileus.boot.loader import PVH, load
 from pileus.bus import Bus
 from pileus.cleanup import Cleanup
 from pileus.devices.debug_port import DebugPort
+from pileus.devices.ged import Ged
 from pileus.devices.i8042 import I8042
 from pileus.devices.power import Power
 from pileus.devices.pvpanic import CRASH_LOADED, PANICKED, SHUTDOWN, PvPanic
@@ -49,16 +50,19 @@ def build(
     report: "Callable[[Event], None]",
     loop: "Loop",
     virtio_console: "Console | None" = None,
+    *,
+    events: bool = False,
 ) -> Vm:
     """A VM ready to start; nothing of it is left if this raises (PileusError).
 
     ``console`` is the far end of the serial port, None for no serial port; likewise ``virtio_console``.
     ``report`` gets what the guest does to the VM as a whole, on a vCPU's thread. ``loop`` serves the devices
-    written in Python.
+    written in Python. With ``events`` the guest has a power button; it costs a pin of the IOAPIC, and so a
+    line of the guest's /proc/interrupts, where release 0.3 had none.
     """
     cleanup = Cleanup()
     try:
-        return _Builder(config, kvm, console, virtio_console, report, loop, cleanup).build()
+        return _Builder(config, kvm, console, virtio_console, report, loop, cleanup, events).build()
     except BaseException:
         cleanup.close()
         raise
@@ -74,6 +78,7 @@ class _Builder:
         report: "Callable[[Event], None]",
         loop: "Loop",
         cleanup: Cleanup,
+        events: bool,
     ) -> None:
         self.config = config
         self.kvm = kvm
@@ -82,6 +87,8 @@ class _Builder:
         self.report = report
         self.loop = loop
         self.cleanup = cleanup
+        self.events = events
+        self.ged: Ged | None = None
         self.ports = Bus("ports")
         self.mmio = Bus("mmio")
 
@@ -100,7 +107,7 @@ class _Builder:
             VcpuThread(index, vcpu, self.ports, self.mmio, self.report, affinity.get(index))
             for index, vcpu in enumerate(vcpus)
         ]
-        return Vm(memory, threads, (self.ports, self.mmio), self.cleanup)
+        return Vm(memory, threads, (self.ports, self.mmio), self.cleanup, self.devices, self.ged)
 
     def _add_memory(self) -> GuestMemory:
         ranges = layout.ram_ranges(self.config.memory.size)
@@ -131,8 +138,18 @@ class _Builder:
         self.ports.insert(layout.PORT_DEBUG, 1, DebugPort(log.debug))
         self.ports.insert(layout.PORT_POWER, 4, power)
         self.ports.insert(layout.PORT_PVPANIC, 1, PvPanic(self._panicked))
+        if self.events:
+            self.ged = Ged(self._irqfd(layout.GSI_GED))
+            self.ports.insert(layout.PORT_GED, 1, self.ged)
         if self.console is not None:
             self._add_serial(self.console)
+
+    def _irqfd(self, gsi: int) -> int:
+        """A call fd that raises ``gsi``."""
+        call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.cleanup.call(lambda: os.close(call_fd))
+        self.vm.add_irqfd(call_fd, gsi)
+        return call_fd
 
     def _panicked(self, bits: int) -> None:
         """The guest panicked, and perhaps a kernel of its own will look into that; or it shuts down."""
@@ -142,19 +159,17 @@ class _Builder:
             self.report(Event(POWER_OFF, "by pvpanic"))
 
     def _add_serial(self, console: "Console") -> None:
-        call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.cleanup.call(lambda: os.close(call_fd))
-        serial = self.cleanup.own(Serial(console.sink, call_fd))
-        self.vm.add_irqfd(call_fd, layout.GSI_COM1)
+        serial = self.cleanup.own(Serial(console.sink, self._irqfd(layout.GSI_COM1)))
         self.ports.insert(layout.PORT_COM1, 8, serial)
         console.connect(serial)
         self.cleanup.call(console.disconnect)
 
     def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
-        made = list(devices.make(self.config, self.cleanup, self.virtio_console, self.loop))
+        made = devices.make(self.config, self.cleanup, self.virtio_console, self.loop)
+        self.devices = list(made)
         carrier = self._carrier(memory)
-        for device in made:
+        for device in self.devices:
             carrier.add(device)
             for index in device.python_queues:
                 self._serve(device, index)
@@ -216,7 +231,14 @@ class _Builder:
         boot, most = self.config.cpus.boot, self.config.cpus.max
         apic_ids = [topology.apic_id(index) for index in range(most)]
         serial = self.console is not None
-        machine = Machine(apic_ids, boot, serial=serial, devices=carrier.aml, mmconfig=carrier.mmconfig)
+        machine = Machine(
+            apic_ids,
+            boot,
+            serial=serial,
+            events=self.events,
+            devices=carrier.aml,
+            mmconfig=carrier.mmconfig,
+        )
         for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]) + reset_vector.build():
             memory.write(gpa, table)
         pvh = entry.protocol == PVH

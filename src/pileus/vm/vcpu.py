@@ -76,21 +76,43 @@ class VcpuThread:
         self._mmio = mmio
         self._report = report
         self._host_cpus = host_cpus
-        self._stopping = False
+        self._stopping = self._parking = False
         self._alive = _thread.allocate_lock()  # held while the thread lives
+        self._inside = _thread.allocate_lock()  # held while it may be in the guest or in a device
+        self._gate = _thread.allocate_lock()  # held by who wants it to stay outside
 
     def start(self) -> None:
         self._alive.acquire()
+        self._inside.acquire()
         try:
             _thread.start_new_thread(self._main, ())
         except BaseException:
+            self._inside.release()
             self._alive.release()
             raise
+
+    def ask_to_park(self) -> None:
+        """Make the thread leave the guest and wait for ``unpark``; returns at once."""
+        self._gate.acquire()
+        self._parking = True
+        self.vcpu.kick()
+
+    def wait_until_parked(self) -> None:
+        """Wait until the thread is outside the guest; one that has ended is."""
+        with self._inside:
+            pass
+
+    def unpark(self) -> None:
+        """Let the thread go on, if it was asked to park."""
+        if self._parking:
+            self._parking = False
+            self._gate.release()
 
     def ask_to_stop(self) -> None:
         """Make the thread leave the guest and end; returns at once."""
         self._stopping = True
         self.vcpu.kick()
+        self.unpark()
 
     def join(self) -> None:
         """Wait for the thread's end."""
@@ -124,10 +146,20 @@ class VcpuThread:
             if self.index == 0:
                 log.debug("kernel entered")
             while not self._stopping and self._run():
-                pass
+                if self._parking:
+                    self._park()
         except PileusError as error:
             self._report(Event(FAILURE, str(error)))
         except BaseException as error:
             self._report(Event(FAILURE, f"vCPU {self.index} stopped", error))
         finally:
+            self._inside.release()
             self._alive.release()
+
+    def _park(self) -> None:
+        self._inside.release()
+        try:
+            with self._gate:
+                pass
+        finally:
+            self._inside.acquire()

@@ -1,8 +1,11 @@
 """One VM: what the builder made, its threads, and its end."""
 
 import _thread
+import errno
 
 from pileus.cleanup import Cleanup
+from pileus.devices.ged import POWER_BUTTON, Ged
+from pileus.errors import KvmError
 from pileus.vm.vcpu import STACK_SIZE
 
 TYPE_CHECKING = False
@@ -12,6 +15,7 @@ if TYPE_CHECKING:
 
     from pileus.bus import Bus
     from pileus.memory import GuestMemory
+    from pileus.virtio.device import VirtioDevice
     from pileus.vm.vcpu import VcpuThread
 
     class Timer(Protocol):
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
         def post(self, call: Callable[[], None]) -> None: ...
 
 
+PLAIN = str.maketrans(" /", "__")
 EXIT_NAMES = {2: "port I/O", 6: "MMIO", 10: "signals"}  # <linux/kvm.h>, KVM_EXIT_*
 
 
@@ -38,8 +43,12 @@ class Vm:
         threads: "list[VcpuThread]",
         buses: "tuple[Bus, ...]",
         cleanup: Cleanup,
+        devices: "list[VirtioDevice]",
+        ged: Ged | None = None,
     ) -> None:
+        self._ged = ged
         self.memory = memory
+        self.devices = devices
         self._buses = buses
         self.threads = threads
         self._cleanup = cleanup
@@ -54,6 +63,52 @@ class Vm:
                 self._started.append(thread)
         finally:
             _thread.stack_size(before)
+
+    def pause(self) -> None:
+        """Take the vCPUs out of the guest, then keep the devices from its memory; both is done on return."""
+        self._park()
+        for device in self.devices:
+            device.pause()
+
+    def resume(self) -> None:
+        """Let devices and vCPUs go on.
+
+        Nobody stopped the guest's clocks: time has gone by for it as for the host, so that its date is right.
+        But its watchdogs are told that it was not its fault.
+        """
+        for device in self.devices:
+            device.resume()
+        for thread in self._started:
+            try:
+                thread.vcpu.note_pause()
+            except KvmError as error:
+                if error.errno != errno.EINVAL:  # a guest that does not use kvmclock
+                    raise
+        self._unpark()
+
+    def press_power_button(self) -> None:
+        """Ask the guest, politely, to shut down; what it does is its own affair."""
+        assert self._ged is not None, "the VM was built without events"
+        self._ged.notify(POWER_BUTTON)
+
+    def send_nmi(self) -> None:
+        """An NMI to each vCPU, as the button of that name on a server: a guest may dump itself for it."""
+        self._park()  # KVM takes it between two KVM_RUN only
+        try:
+            for thread in self._started:
+                thread.vcpu.inject_nmi()
+        finally:
+            self._unpark()
+
+    def _park(self) -> None:
+        for thread in self._started:
+            thread.ask_to_park()
+        for thread in self._started:
+            thread.wait_until_parked()
+
+    def _unpark(self) -> None:
+        for thread in self._started:
+            thread.unpark()
 
     def stop(self) -> None:
         """Take the vCPUs out of the guest and end their threads."""
@@ -76,6 +131,16 @@ class Vm:
             for reason, count in thread.vcpu.exits.items():
                 total[reason] = total.get(reason, 0) + count
         return total
+
+    def counters(self) -> "dict[str, dict[str, int]]":
+        """What devices count, by their names, and the exits of the vCPUs."""
+        found: dict[str, dict[str, int]] = {}
+        for device in self.devices:
+            if own := device.counters():
+                found[device.name] = own
+        exits = ((EXIT_NAMES.get(reason, f"exit {reason}"), count) for reason, count in self.exits.items())
+        found["vcpus"] = {name.lower().translate(PLAIN): count for name, count in exits}
+        return found
 
     def usage(self) -> "Iterator[str]":
         """What the guest's exits were for, a line each: what a user tunes."""

@@ -4,37 +4,62 @@ from pileus import log
 from pileus.cleanup import Cleanup
 from pileus.config.model import VmmConfig
 from pileus.console import Console, open_console
-from pileus.errors import ConfigError
+from pileus.errors import ConfigError, PileusError
 from pileus.kvm import Kvm
 from pileus.kvm.probe import check_host
 from pileus.vm import builder
 from pileus.vm.vcpu import CRASH, FAILURE, FAULT, POWER_OFF, RESET, Event
 from pileus.vmm._signals import SignalFd
+from pileus.vmm.lifecycle import NONE, PAUSED, RUNNING, SHUTDOWN, step
 from pileus.vmm.loop import READABLE, Loop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pileus.cleanup import Closeable
     from pileus.config.model import SerialConfig, VmConfig
     from pileus.vm.vm import Vm
+    from pileus.vmm.control import Control
 
 SIGHUP, SIGINT, SIGQUIT, SIGTERM = 1, 2, 3, 15  # <signal.h>; importing ``signal`` costs a start 4 ms
 ENDING_SIGNALS = {SIGHUP: "SIGHUP", SIGINT: "SIGINT", SIGQUIT: "SIGQUIT", SIGTERM: "SIGTERM"}
 SIGWINCH = 28  # the terminal has another size
 
 
+class View:
+    """What there is to tell of the VM at one moment; never changed, so that any thread may read it."""
+
+    __slots__ = ("config", "ptys", "state")
+
+    def __init__(self, state: str, config: "VmConfig | None", ptys: dict[str, str]) -> None:
+        self.state = state
+        self.config = config
+        self.ptys = ptys  # of "serial" and "console": the pty that each is, while there is one
+
+
 class Vmm:
-    """Runs one VM through its reboots to its end. ``close`` leaves nothing behind, however far things got."""
+    """Leads one VM at a time through its life. ``close`` leaves nothing behind, however far things got.
+
+    The methods that ``lifecycle`` knows are what the command line and the API ask for. Each raises
+    PileusError, StateError among them, and has changed nothing then.
+    """
 
     def __init__(self) -> None:
         self.loop = Loop()
         self.status = 0  # the process's exit status
+        self.is_served = False  # to clients, who may press the power button
+        self.outlives_vm = False  # a guest that powers off leaves the process to the next one
+        self.view = View(NONE, None, {})
         self._cleanup = Cleanup()
         self._cleanup.own(self.loop)
         self._signals = self._cleanup.own(SignalFd((*ENDING_SIGNALS, SIGWINCH)))
         self.loop.watch(self._signals.fd, READABLE, lambda _: self._signalled())
         self._kvm: Kvm | None = None
+        self._ends = Cleanup()  # the host's ends of the VM, which outlive its reboots
         self._serial: Console | None = None
         self._console: Console | None = None
+        self._state = NONE
         self._config: VmConfig | None = None
         self._vm: Vm | None = None
 
@@ -42,27 +67,118 @@ class Vmm:
         try:
             self._end_vm()
         finally:
-            self._cleanup.close()
+            try:
+                self._ends.close()
+            finally:
+                self._cleanup.close()
 
-    def boot(self, config: "VmConfig") -> None:
-        """Open what the VM needs of the host, build it and let it run. Raises PileusError."""
+    # -- what can be asked for --------------------------------------------------------------------
+
+    def create(self, config: "VmConfig") -> None:
+        """Keep the configuration of a VM; nothing of the host is taken yet."""
+        after = step(self._state, "create")
         self._config = config
-        self._kvm = self._cleanup.own(Kvm())
+        self._enter(after)
+
+    def boot(self) -> None:
+        """Open what the VM needs of the host, build it and let it run."""
+        after = step(self._state, "boot")
+        if self._state == PAUSED:
+            self.resume()
+            return
+        assert self._config is not None
+        if self._config.payload.kernel is None:
+            raise ConfigError("--kernel", "is missing", "a VM needs one to boot")
+        try:
+            self._open_ends(self._config)
+            self._build()
+        except BaseException:
+            self._close_ends()
+            raise
+        self._enter(after)
+
+    def pause(self) -> None:
+        """Stop vCPUs and devices; nobody touches guest memory once this returns."""
+        after = step(self._state, "pause")
+        self._running().pause()
+        self._enter(after)
+
+    def resume(self) -> None:
+        """Let them go on."""
+        after = step(self._state, "resume")
+        self._running().resume()
+        self._enter(after)
+
+    def shutdown(self) -> None:
+        """End the VM without asking the guest; its configuration stays."""
+        self._turn_off(step(self._state, "shutdown"))
+
+    def reboot(self) -> None:
+        """The same, and boot it again."""
+        after = step(self._state, "reboot")
+        self._rebuild()
+        self._enter(after)
+
+    def delete(self) -> None:
+        """End the VM, if there is one, and forget its configuration."""
+        after = step(self._state, "delete")
+        self._config = None
+        self._turn_off(after)
+
+    def press_power_button(self) -> None:
+        step(self._state, "press the power button of")
+        self._running().press_power_button()
+
+    def send_nmi(self) -> None:
+        step(self._state, "send an NMI to")
+        self._running().send_nmi()
+
+    def counters(self) -> "dict[str, dict[str, int]]":
+        step(self._state, "read the counters of")
+        return self._running().counters()
+
+    def finish(self, status: int = 0) -> None:
+        """End the process once the present callback is over."""
+        self.status = status
+        self.loop.stop()
+
+    # -- how ---------------------------------------------------------------------------------------
+
+    def _running(self) -> "Vm":
+        assert self._vm is not None
+        return self._vm
+
+    def _enter(self, state: str) -> None:
+        self._state = state
+        ends = {"serial": self._serial, "console": self._console}
+        ptys = {
+            name: end.path
+            for name, end in ends.items()
+            if end is not None and end.path and getattr(self._config, name).mode == "pty"
+        }
+        self.view = View(state, self._config, ptys)
+
+    def _open_ends(self, config: "VmConfig") -> None:
+        if self._kvm is None:
+            self._kvm = self._cleanup.own(Kvm())
         self._serial = self._open_console("serial", config.serial)
         self._console = self._open_console("console", config.console)
-        self._build()
+
+    def _close_ends(self) -> None:
+        self._serial = self._console = None
+        self._ends.close()
 
     def _open_console(self, name: str, terminal: "SerialConfig") -> Console | None:
         """The far end of a terminal of the guest, which outlives its reboots; None where that is off."""
         if terminal.mode == "off":
             return None
-        console = self._cleanup.own(
+        console = self._ends.own(
             open_console(terminal.mode, terminal.path or "", name=name, warn=log.warning, quit=self._quit)
         )
         console.start(self.loop)
         if terminal.mode == "tty":
             log.newline = "\r\n"
-            self._cleanup.call(_plain_lines)
+            self._ends.call(_plain_lines)
         if terminal.mode == "pty":
             log.info(f"{name}: the guest's terminal is {console.path}")
             print(f"\t{name.capitalize()}: {console.path}", flush=True)
@@ -85,9 +201,40 @@ class Vmm:
             untold.discard(event.kind)
             self._happened(vm, event)
 
-        vm = builder.build(self._config, self._kvm, self._serial, report, self.loop, self._console)
+        vm = builder.build(
+            self._config,
+            self._kvm,
+            self._serial,
+            report,
+            self.loop,
+            self._console,
+            events=self.is_served,
+        )
         self._vm = vm
-        vm.start()
+        try:
+            vm.start()
+        except BaseException:
+            self._end_vm()
+            raise
+
+    def _rebuild(self) -> None:
+        """A new VM from the same configuration, once the old one is gone; consoles stay open."""
+        self._end_vm()
+        try:
+            for console in self._consoles():
+                console.restart()
+            self._build()
+        except BaseException:
+            self._close_ends()
+            self._enter(SHUTDOWN)
+            raise
+
+    def _turn_off(self, state: str) -> None:
+        try:
+            self._end_vm()
+        finally:
+            self._close_ends()
+            self._enter(state)
 
     def _end_vm(self) -> None:
         if (vm := self._vm) is not None:
@@ -97,6 +244,8 @@ class Vmm:
                 log.info(line)
             vm.close()
 
+    # -- what happens ------------------------------------------------------------------------------
+
     def _happened(self, vm: "Vm | None", event: Event) -> None:
         """What a VM reported; one that is gone by now is of no interest."""
         if vm is not None and vm is self._vm:
@@ -104,15 +253,15 @@ class Vmm:
 
     def _powered_off(self, event: Event) -> None:
         log.info("the guest powered off")
-        self._finish(0)
+        self._ended(0)
 
     def _reset(self, event: Event) -> None:
         log.info("the guest asked for a reset")
-        self._reboot()
+        self._rebooted()
 
     def _faulted(self, event: Event) -> None:
         log.limited(log.ERROR, f"the guest ended in a triple fault, {event.text}; it is reset")
-        self._reboot()
+        self._rebooted()
 
     def _crashed(self, event: Event) -> None:
         log.limited(log.ERROR, f"the guest reported a panic, {event.text}")
@@ -121,14 +270,24 @@ class Vmm:
         log.error(event.text)
         if event.error is not None:
             log.exception(event.error)
-        self._finish(1)
+        self._ended(1)
 
-    def _reboot(self) -> None:
-        """A new VM from the same configuration, once the old one is gone; consoles stay open."""
-        self._end_vm()
-        for console in self._consoles():
-            console.restart()
-        self._build()
+    def _rebooted(self) -> None:
+        try:
+            self._rebuild()
+        except PileusError as error:
+            if not self.outlives_vm:
+                raise
+            log.error(str(error))
+            return
+        self._enter(RUNNING)  # also one that was paused just before we heard of it
+
+    def _ended(self, status: int) -> None:
+        """The VM is off, and with it the process, unless that waits for another VM."""
+        if self.outlives_vm:
+            self._turn_off(SHUTDOWN)
+        else:
+            self.finish(status)
 
     def _consoles(self) -> list[Console]:
         return [console for console in (self._serial, self._console) if console is not None]
@@ -140,15 +299,11 @@ class Vmm:
                     console.resized()
                 continue
             log.info(f"ending on {ENDING_SIGNALS[number]}")
-            self._finish(128 + number)
+            self.finish(128 + number)
 
     def _quit(self) -> None:
         log.info("ending on Ctrl-A x")
-        self._finish(0)
-
-    def _finish(self, status: int) -> None:
-        self.status = status
-        self.loop.stop()
+        self.finish()
 
 
 EVENTS = {
@@ -164,17 +319,32 @@ def _plain_lines() -> None:
     log.newline = "\n"
 
 
-def run(config: VmmConfig) -> int:
-    """Run the VM of ``config`` to its end; returns the exit status. Raises PileusError."""
+def run(config: VmmConfig, serve: "Callable[[Control], Closeable] | None" = None) -> int:
+    """Run the VM of ``config`` to its end; returns the exit status. Raises PileusError.
+
+    ``serve`` opens an API, by which other VMs may come and go; without a VM to begin with, it is needed.
+    """
     check_host()
-    if config.vm is None:
-        raise ConfigError(
-            "--kernel", "is missing", "without the HTTP API, which is not built yet, a VM needs one"
-        )
+    if config.vm is None and serve is None:
+        raise ConfigError("--kernel", "is missing", "without --api-socket, a VM needs one")
     vmm = Vmm()
+    api: Closeable | None = None
     try:
-        vmm.boot(config.vm)
+        if serve is not None:
+            from pileus.vmm.control import Control
+
+            vmm.is_served = True
+            api = serve(Control(vmm))
+        if config.vm is None:
+            vmm.outlives_vm = True
+        else:
+            vmm.create(config.vm)
+            vmm.boot()
         vmm.loop.run()
     finally:
-        vmm.close()
+        try:
+            if api is not None:
+                api.close()  # while the loop still takes what its clients ask for
+        finally:
+            vmm.close()
     return vmm.status

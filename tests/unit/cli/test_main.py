@@ -1,6 +1,7 @@
 """The command from its arguments to the VMM, which a stand-in replaces here."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,9 +25,11 @@ class FakeVmm(ModuleType):
         super().__init__("pileus.vmm.vmm")
         self.configs: list[VmmConfig] = []
         self.error: Exception | None = None
+        self.serves = False
 
-    def run(self, config: VmmConfig) -> int:
+    def run(self, config: VmmConfig, serve: object = None) -> int:
         self.configs.append(config)
+        self.serves = serve is not None
         if self.error is not None:
             raise self.error
         return 42
@@ -58,6 +61,17 @@ def test_without_a_kernel_there_is_no_vm(vmm: FakeVmm, capfd: pytest.CaptureFixt
     assert main(["--memory", "1G", "--api-socket", "fd=7"]) == 42
     assert vmm.configs[0].vm is None
     assert "\tAPI server: fd 7\n\tvCPUs: 1\n\tMemory: 1024 MB\n\tKernel: None\n" in capfd.readouterr().out
+
+
+def test_an_api_is_served_where_it_is_asked_for_or_nothing_else_could_be_done(vmm: FakeVmm) -> None:
+    main(["--kernel", "/k"])
+    assert (vmm.serves, vmm.configs[-1].api_socket) == (False, None)
+    main(["--kernel", "/k", "--api-socket"])
+    assert vmm.serves
+    main([])
+    assert vmm.serves
+    assert vmm.configs[-1].api_socket is not None
+    assert vmm.configs[-1].api_socket.where.endswith(f"/pileus.{os.getpid()}")
 
 
 def test_options_are_checked_even_without_a_kernel(vmm: FakeVmm, capfd: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +107,13 @@ def test_a_bug_is_not_dressed_as_an_error(vmm: FakeVmm) -> None:
 def test_version(flag: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([flag]) == 0
     assert capfd.readouterr().out == f"pileus {__version__}\n"
+
+
+def test_the_other_command_has_the_version_that_its_callers_look_for(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--version"], face="cloud-hypervisor") == 0
+    assert re.fullmatch(r"cloud-hypervisor v(\d+)\.\d+\.\d+\n", capfd.readouterr().out)
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

@@ -87,6 +87,19 @@ def test_after_a_reset_it_touches_no_memory(factory: Factory) -> None:
 
 
 @every_device
+def test_while_paused_it_touches_no_memory_and_then_it_goes_on(factory: Factory) -> None:
+    with factory() as device, FakeDriver(device) as driver:
+        for _ in range(3):
+            device.pause()
+            busy(driver)
+            before = driver.memory.read(0, driver.RAM_SIZE)
+            driver.serve()
+            assert driver.memory.read(0, driver.RAM_SIZE) == before
+            device.resume()
+        assert driver.status & ~status.NEEDS_RESET == READY
+
+
+@every_device
 def test_queues_that_stay_disabled_are_left_alone(factory: Factory) -> None:
     with factory() as device:
         none = [0] * len(device.queues)

@@ -4,6 +4,7 @@ import _thread
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,16 @@ def run(tmp_path: Path) -> Iterator[Run]:
         events: queue.Queue[Event] = queue.Queue()
         config = tiny.config(tmp_path, code, cpus=cpus)
         config.cpus.affinity = affinity
-        vms.append(build(config, kvm, None, events.put, Loop()))
+        vms.append(build(config, kvm, None, events.put, loop))
         vms[-1].start()
         return vms[-1], events
 
+    loop = Loop()
     with Kvm() as kvm:
         yield start
         for vm in vms:
             vm.close()
+    loop.close()
 
 
 POWER_REQUESTS = {
@@ -156,6 +159,36 @@ def test_vcpus_that_wait_to_be_woken_can_be_stopped(run: Run) -> None:
     assert vm.exits[2] == 1  # KVM_EXIT_IO: the write to pvpanic
     assert "port I/O: 1 exits" in vm.usage()
     assert any(line.startswith("ports 0x505, PvPanic: 1 accesses") for line in vm.usage())
+
+
+def test_vcpus_that_park_are_outside_and_go_on_or_end(run: Run) -> None:
+    vm, _ = run(tiny.COUNT + tiny.SPIN_BACK, cpus=2)
+
+    def counts() -> bool:
+        before = vm.memory.read(tiny.COUNTER, 1)
+        deadline = time.monotonic() + 0.2
+        while time.monotonic() < deadline:
+            if vm.memory.read(tiny.COUNTER, 1) != before:
+                return True
+        return False
+
+    tiny.wait_until(counts)
+    for _ in range(20):
+        vm.pause()
+        vm.resume()
+    tiny.wait_until(counts)
+    vm.pause()
+    assert not counts()
+    vm.stop()
+    vm.stop()
+
+
+def test_a_vcpu_that_has_ended_can_be_parked(run: Run) -> None:
+    vm, events = run(tiny.ENTER_A_HOLE)
+    events.get(timeout=PATIENCE)
+    vm.threads[0].join()
+    vm.pause()
+    vm.resume()
 
 
 def test_a_vcpu_that_has_ended_can_be_stopped(run: Run) -> None:

@@ -57,7 +57,8 @@ def live(config: VmConfig, meddle: Callable[[Vmm], None] = lambda _: None) -> in
     vmm = Vmm()
     try:
         vmm.loop.after(PATIENCE, give_up)
-        vmm.boot(config)
+        vmm.create(config)
+        vmm.boot()
         meddle(vmm)
         vmm.loop.run()
     finally:

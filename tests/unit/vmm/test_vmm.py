@@ -146,7 +146,6 @@ def test_a_vm_is_one_process(command: Command) -> None:
 
 
 WRONG = {
-    "no kernel": (["--memory", "size=1G"], "--kernel"),
     "too many vCPUs": (["--kernel", "KERNEL", "--cpus", "4096,max=4096"], "--cpus 4096"),
     "missing kernel": (["--kernel", "missing"], "--kernel missing: "),
     "a kernel of no known kind": (["--kernel", "NOISE"], "--kernel "),

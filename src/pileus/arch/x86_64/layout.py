@@ -51,10 +51,12 @@ PORT_DEBUG = 0x80
 PORT_COM1 = 0x3F8
 PORT_POWER = 0x3C0  # ACPI sleep control, sleep status and reset register in one
 PORT_PVPANIC = 0x505
+PORT_GED = 0x506  # events that wait for the guest
 PORT_PCI, PORT_PCI_SIZE = 0xCF8, 8  # configuration space: address, data
 
 # GSIs: the IOAPIC has pins 0 to 23, message-signalled interrupts come after.
 IOAPIC_PINS = 24
+GSI_GED = 3
 GSI_COM1 = 4
 GSI_FIRST_PIN = 5
 GSI_FIRST_MSI = 24

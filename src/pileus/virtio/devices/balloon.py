@@ -106,6 +106,8 @@ class Balloon(VirtioDevice):
     def request_statistics(self) -> bool:
         """Ask for news, which then replace ``statistics``; false while the driver is not listening."""
         with self.lock:
+            if self.paused:
+                return False
             chain, self._stats_chain = self._stats_chain, None
             if chain is None or self.failed:
                 return False

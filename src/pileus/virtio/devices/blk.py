@@ -94,7 +94,7 @@ class Blk(VirtioDevice):
 
     def resume(self) -> None:
         for engine, queue in zip(self.engines, self.queues, strict=True):
-            if queue.active:
+            if queue.active and not self.failed:
                 engine.start()
 
     def close(self) -> None:

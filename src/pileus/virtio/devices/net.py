@@ -155,6 +155,7 @@ class Net(VirtioDevice):
     def pause(self) -> None:
         """Until ``resume`` nothing moves, and the driver has all chains that no packet came for."""
         with self.lock:
+            super().pause()  # the control queue, which could start a pair
             for pair in self.pairs:
                 pair.stop()
 
@@ -162,6 +163,7 @@ class Net(VirtioDevice):
         with self.lock:
             if self.memory is not None and not self.failed:
                 self._run(self.active_pairs)
+            super().resume()
 
     def close(self) -> None:
         for pair in self.pairs:

@@ -35,6 +35,27 @@ def test_fills_every_buffer_of_a_request(driver: FakeDriver) -> None:
     assert driver.interrupts == 1
 
 
+def test_while_paused_kicks_wait(driver: FakeDriver) -> None:
+    driver.device.pause()
+    head = driver.add(writable=[8])
+    driver.kick(REQUESTQ)
+    driver.kick(REQUESTQ)
+    assert driver.used() == []
+    assert driver.read(head) == bytes(8)
+    driver.device.resume()
+    assert driver.used() == [Used(head, length=8)]
+    assert driver.interrupts == 1
+
+
+def test_a_device_that_was_reset_while_paused_serves_no_old_kick(driver: FakeDriver) -> None:
+    driver.device.pause()
+    driver.add(writable=[8])
+    driver.kick(REQUESTQ)
+    driver.reset()
+    driver.device.resume()
+    assert driver.interrupts == 0
+
+
 def test_a_huge_request_gets_a_part(driver: FakeDriver) -> None:
     head = driver.add(writable=[MAX_REQUEST, 5])
     driver.kick(REQUESTQ)

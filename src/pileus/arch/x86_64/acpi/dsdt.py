@@ -1,10 +1,29 @@
 """The DSDT: the devices that cannot be found by asking a bus, and how to power off.
 
-Source: ACPI 6.3, 5.2.11.1 (DSDT), 8.4 (Declaring Processors), 7.4.2 (\\_Sx); QEMU's docs/specs/pvpanic.
+Source: ACPI 6.3, 5.2.11.1 (DSDT), 5.6.9 (GED), 8.4 (Declaring Processors), 7.4.2 (\\_Sx);
+QEMU's docs/specs/pvpanic.
 """
 
 from pileus.arch.x86_64 import layout
-from pileus.arch.x86_64.acpi.aml import device, eisa_id, name, package, scope
+from pileus.arch.x86_64.acpi.aml import (
+    BYTE_ACCESS,
+    LOCAL0,
+    SYSTEM_IO,
+    WRITE_AS_ZEROS,
+    and_,
+    device,
+    eisa_id,
+    field,
+    if_,
+    method,
+    name,
+    notify,
+    operation_region,
+    package,
+    path,
+    scope,
+    store,
+)
 from pileus.arch.x86_64.acpi.resources import interrupt, io, resource_template
 
 TYPE_CHECKING = False
@@ -14,12 +33,16 @@ if TYPE_CHECKING:
 MAX_VCPUS = 0x1000  # C000 to CFFF
 S5_SLEEP_TYPE = 5
 ABSENT = 0
+POWER_BUTTON = 1 << 0  # an event of devices.ged
+PRESSED = 0x80
 PRESENT = 0xF  # present, enabled, shown, working
 
 
 def encode(machine: "Machine") -> bytes:
     """The terms of the DSDT, without its header."""
     devices = [_vcpus(machine), _rtc(), _pvpanic(), *machine.devices]
+    if machine.events:
+        devices += [_power_button(), _ged()]
     if machine.serial:
         devices.append(_com1())
     return scope("\\_SB", *devices) + name("\\_S5", package(S5_SLEEP_TYPE))
@@ -69,4 +92,27 @@ def _pvpanic() -> bytes:
         name("_HID", "QEMU0001"),
         name("_STA", PRESENT),
         name("_CRS", resource_template(io(layout.PORT_PVPANIC, 1))),
+    )
+
+
+def _power_button() -> bytes:
+    return device("PWRB", name("_HID", eisa_id("PNP0C0C")), name("_UID", 0))
+
+
+def _ged() -> bytes:
+    """Its interrupt has a guest take the events from a port and notify whom they are for."""
+    return device(
+        "GED",
+        name("_HID", "ACPI0013"),
+        name("_UID", 0),
+        name("_CRS", resource_template(interrupt(layout.GSI_GED))),
+        operation_region("GEDR", SYSTEM_IO, layout.PORT_GED, 1),
+        field("GEDR", BYTE_ACCESS | WRITE_AS_ZEROS, ("EVTS", 8)),
+        method(
+            "_EVT",
+            store(path("EVTS"), LOCAL0),
+            if_(and_(LOCAL0, POWER_BUTTON), notify(path("\\_SB.PWRB"), PRESSED)),
+            args=1,
+            serialized=True,
+        ),
     )

@@ -81,7 +81,8 @@ def test_the_rsdp_has_both_sums_and_revision_2() -> None:
 @pytest.mark.parametrize("count", [1, 2, 255, 1024])
 def test_iasl_reads_and_rebuilds_every_table(iasl: Any, count: int) -> None:
     # This iasl drops "online capable" of x2APIC entries, so those vCPUs are all there from the start.
-    machine = Machine(range(count), count if count > 255 else max(1, count // 2), mmconfig=MMCONFIG)
+    boot = count if count > 255 else max(1, count // 2)
+    machine = Machine(range(count), boot, events=True, mmconfig=MMCONFIG)
     for signature, data in found(machine).items():
         if signature != "RSDP":
             _, rebuilt = iasl.round_trip(data)
@@ -141,6 +142,15 @@ def test_mcfg_covers_the_buses() -> None:
     mcfg = found(Machine([0], mmconfig=MMCONFIG))["MCFG"]
     assert unpack_from("<QHBB", mcfg, 44) == (0xE8000000, 0, 0, 255)
     assert "MCFG" not in found(Machine([0]))
+
+
+def test_the_power_button_is_notified_by_the_event_device(iasl: Any) -> None:
+    text, _ = iasl.round_trip(found(Machine([0], events=True))["DSDT"])
+    told = "".join(text.split())
+    assert 'Device(GED){Name(_HID,"ACPI0013"' in told
+    assert "OperationRegion(GEDR,SystemIO,0x0506,One)" in told
+    assert "If((Local0&One)){Notify(\\_SB.PWRB,0x80)" in told
+    assert 'EisaId("PNP0C0C")' in told
 
 
 def test_every_vcpu_has_a_processor_device(iasl: Any) -> None:
