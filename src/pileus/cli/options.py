@@ -36,6 +36,7 @@ GROUPS = {
     "Devices": (
         Option("--net", "vm.net", LIST),
         Option("--rng", "vm.rng"),
+        Option("--vsock", "vm.vsock"),
     ),
     "Terminals of the guest": (
         Option("--serial", "vm.serial"),

@@ -4,6 +4,8 @@ A rule raises ConfigError with the values at odds and what would do; ``RULES`` i
 the host (its CPUs, its files, its huge pages) is judged where the host is asked.
 """
 
+import os
+
 from pileus.config.grammar import format_struct, shown
 from pileus.config.units import GIB, KIB, MIB, format_size
 from pileus.errors import ConfigError
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 MIN_MEMORY = 2 * MIB  # what boot protocols use below 1 MiB, and the least of kernels above
 PAGE_SIZE = 4 * KIB
 STDERR = 2
+SOCKET_PATH_LIMIT = 107 - len("_4294967295")  # bytes: what sun_path holds, less the longest port
 HUGE_PAGE_SIZES = (2 * MIB, GIB)  # what x86 has
 
 
@@ -148,6 +151,20 @@ def _net(net: "NetConfig") -> None:
         raise _at_odds("--net", net, ("ip", "mask"), "ip and mask are both of IPv4 or both of IPv6")
 
 
+def _vsock(vm: "VmConfig") -> None:
+    vsock = vm.vsock
+    if vsock is None:
+        return
+    if len(os.fsencode(vsock.socket)) > SOCKET_PATH_LIMIT:
+        allowed = f"socket is a path of at most {SOCKET_PATH_LIMIT} bytes, so that _PORT fits behind it"
+        raise _at_odds("--vsock", vsock, ("socket",), allowed)
+    for option, terminal in (("--serial", vm.serial), ("--console", vm.console)):
+        if vsock.socket == terminal.path:
+            raise _at_odds("--vsock", vsock, ("socket",), f"{option} has this path too; each needs its own")
+    if vsock.id is not None and any(net.id == vsock.id for net in vm.net):
+        raise _at_odds("--vsock", vsock, ("id",), "a network interface has this id already")
+
+
 def _page_size(memory: "MemoryConfig") -> int:
     """What the size is a multiple of: the least huge page where the host will choose."""
     return (memory.hugepage_size or HUGE_PAGE_SIZES[0]) if memory.hugepages else PAGE_SIZE
@@ -157,4 +174,4 @@ def _at_odds(option: str, struct: "Struct", keys: tuple[str, ...], allowed: str)
     return ConfigError(option, shown(format_struct(struct, *keys)), allowed)
 
 
-RULES = (_vcpus, _topology, _affinity, _huge_pages, _memory_size, _memory_origin, _payload, _terminals, _nets)
+RULES = (_vcpus, _topology, _affinity, _huge_pages, _memory_size, _memory_origin, _payload, _terminals, _nets, _vsock)

@@ -35,6 +35,7 @@ MAX_PAIRS = 256  # queue pairs of a TAP (MAX_TAP_QUEUES)
 MAX_QUEUE_SIZE = 32768  # virtio 1.2, 2.7
 MIN_MTU, MAX_MTU = 68, 65521  # <linux/if_ether.h>, and what a TAP's driver allows
 ID_LIMIT = 128
+MIN_CID, MAX_CID = 3, (1 << 32) - 2  # 0 to 2 and the last are taken: virtio 1.2, 5.10.4
 
 PATH, SIZE, SWITCH = Path(), Size(), Switch()
 FD = Count(0, FD_MAX)
@@ -182,6 +183,21 @@ class NetConfig(Struct):
     offload_ufo: bool = field(SWITCH, "let large UDP packets through whole", default=True)
 
 
+class VsockConfig(Struct):
+    """Sockets between the guest and Unix sockets of the host."""
+
+    aliases = {"sock": "socket"}  # noqa: RUF012 - as Cloud Hypervisor 0.3 called it
+
+    cid: int = field(Count(MIN_CID, MAX_CID), "the guest's number")
+    socket: str = field(
+        PATH, "Unix socket to make: write CONNECT PORT there; the guest's connections go to SOCKET_PORT"
+    )
+    id: str | None = field(
+        Printable(ID_LIMIT), "name of the device", default=None, default_help="_vsock0"
+    )
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
@@ -199,6 +215,7 @@ class VmConfig(Struct):
     )
     rng: RngConfig = field(Nested(RngConfig), "entropy device", factory=lambda _: RngConfig())
     net: list[NetConfig] = field(Many(NetConfig), "network interfaces", factory=lambda _: [])
+    vsock: VsockConfig | None = field(Nested(VsockConfig), "sockets between guest and host", default=None)
 
 
 class ApiSocketConfig(Struct):

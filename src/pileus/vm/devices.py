@@ -18,3 +18,7 @@ def make(config: "VmConfig", cleanup: "Cleanup") -> "Iterator[VirtioDevice]":
     from pileus.virtio.devices.rng import FileSource, Rng
 
     yield cleanup.own(Rng("rng0", cleanup.own(FileSource(config.rng.src))))
+    if config.vsock is not None:
+        from pileus.virtio.devices.vsock import open_vsock
+
+        yield cleanup.own(open_vsock(config.vsock))
