@@ -4,8 +4,6 @@ A rule raises ConfigError with the values at odds and what would do; ``RULES`` i
 the host (its CPUs, its files, its huge pages) is judged where the host is asked.
 """
 
-import os
-
 from pileus.config.grammar import format_struct, shown
 from pileus.config.units import GIB, KIB, MIB, format_size
 from pileus.errors import ConfigError
@@ -155,7 +153,7 @@ def _vsock(vm: "VmConfig") -> None:
     vsock = vm.vsock
     if vsock is None:
         return
-    if len(os.fsencode(vsock.socket)) > SOCKET_PATH_LIMIT:
+    if len(vsock.socket.encode(errors="surrogatepass")) > SOCKET_PATH_LIMIT:
         allowed = f"socket is a path of at most {SOCKET_PATH_LIMIT} bytes, so that _PORT fits behind it"
         raise _at_odds("--vsock", vsock, ("socket",), allowed)
     for option, terminal in (("--serial", vm.serial), ("--console", vm.console)):
@@ -174,4 +172,15 @@ def _at_odds(option: str, struct: "Struct", keys: tuple[str, ...], allowed: str)
     return ConfigError(option, shown(format_struct(struct, *keys)), allowed)
 
 
-RULES = (_vcpus, _topology, _affinity, _huge_pages, _memory_size, _memory_origin, _payload, _terminals, _nets, _vsock)
+RULES = (
+    _vcpus,
+    _topology,
+    _affinity,
+    _huge_pages,
+    _memory_size,
+    _memory_origin,
+    _payload,
+    _terminals,
+    _nets,
+    _vsock,
+)

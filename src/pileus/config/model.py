@@ -192,9 +192,7 @@ class VsockConfig(Struct):
     socket: str = field(
         PATH, "Unix socket to make: write CONNECT PORT there; the guest's connections go to SOCKET_PORT"
     )
-    id: str | None = field(
-        Printable(ID_LIMIT), "name of the device", default=None, default_help="_vsock0"
-    )
+    id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_vsock0")
     iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
 
 

@@ -17,6 +17,7 @@ from pileus.config.model import (
     SerialConfig,
     VmConfig,
     VmmConfig,
+    VsockConfig,
 )
 from pileus.errors import ConfigError
 
@@ -38,6 +39,7 @@ GOOD = [
     VmConfig(net=[NetConfig(tap="a", num_queues=4), NetConfig(tap="b", mask="255.0.0.0")]),
     VmConfig(net=[NetConfig(fd=[3, 4]), NetConfig(fd=[5], num_queues=2)]),
     VmConfig(net=[NetConfig(ip="fd00::1", mask="ffff::")]),
+    VmConfig(vsock=VsockConfig(cid=3, socket="/" + 95 * "s")),
 ]
 MAC = "2e:00:00:00:00:01"
 BAD = {
@@ -114,6 +116,15 @@ BAD = {
     ),
     "--net fd=[3,4]: another interface has one of them too": VmConfig(
         net=[NetConfig(fd=[3, 4]), NetConfig(fd=[4, 5])]
+    ),
+    f"--vsock socket={93 * 's'}... (104 characters): socket is a path of at most 96 bytes, so that _PORT fits behind it": VmConfig(
+        vsock=VsockConfig(cid=3, socket=97 * "s")
+    ),
+    "--vsock socket=/a: --serial has this path too; each needs its own": VmConfig(
+        serial=SerialConfig(mode="socket", socket="/a"), vsock=VsockConfig(cid=3, socket="/a")
+    ),
+    "--vsock id=a: a network interface has this id already": VmConfig(
+        net=[NetConfig(id="a")], vsock=VsockConfig(cid=3, socket="/s", id="a")
     ),
 }
 

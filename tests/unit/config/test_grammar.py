@@ -15,12 +15,22 @@ from pileus.config.model import (
     NetConfig,
     RngConfig,
     SerialConfig,
+    VsockConfig,
 )
 from pileus.errors import ConfigError
 
 from .strategies import ARGUMENTS, of_struct
 
-STRUCTS = [CpusConfig, MemoryConfig, SerialConfig, ConsoleConfig, RngConfig, NetConfig, ApiSocketConfig]
+STRUCTS = [
+    CpusConfig,
+    MemoryConfig,
+    SerialConfig,
+    ConsoleConfig,
+    RngConfig,
+    NetConfig,
+    VsockConfig,
+    ApiSocketConfig,
+]
 
 
 class Disk(Struct):
@@ -159,6 +169,12 @@ def _read_or_refuse(struct: type[Struct], text: str) -> None:
     if written := grammar.format_struct(value):
         again = grammar.parse(struct, "--option", written)
         assert again == value or "file" in struct.fields  # an implied mode gives way to an explicit one
+
+
+def test_a_key_of_old_names_the_field_of_today() -> None:
+    assert grammar.parse(VsockConfig, "--vsock", "cid=3,sock=/s") == VsockConfig(cid=3, socket="/s")
+    with pytest.raises(ConfigError, match=r"^--vsock cid=3: socket= is required$"):
+        grammar.parse(VsockConfig, "--vsock", "cid=3")
 
 
 def test_every_struct_of_the_model_is_tried_here() -> None:

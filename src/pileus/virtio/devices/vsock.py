@@ -33,9 +33,9 @@ __all__ = ["BUFFER_SIZE", "CONNECTION_LIMIT", "Vsock", "open_vsock"]
 class Vsock(VirtioDevice):
     """The guest's sockets, as CID ``cid``. Owns ``listener``, whose path names those of the host's ports too.
 
-    ``line_ms`` bounds how long a client takes to name its port, ``guest_ms`` how long the guest takes to answer
-    a request or the end of a connection, and ``linger_ms`` how long a client may read nothing of what a guest
-    left for it.
+    ``line_ms`` bounds how long a client takes to name its port, ``guest_ms`` how long the guest takes to
+    answer a request or the end of a connection, and ``linger_ms`` how long a client may read nothing of what
+    a guest left for it.
     """
 
     id = ids.VSOCK

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pileus.net.unix_socket import Listener
 from pileus.testing import FakeDriver
+from pileus.virtio import status
 from pileus.virtio.devices.vsock import Vsock
 
 REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)
@@ -40,7 +41,7 @@ class Packet(NamedTuple):
 
 
 class Guest:
-    """A VM's kernel as far as AF_VSOCK goes. ``step`` obeys one packet of the device; nothing happens between."""
+    """A VM's kernel as far as AF_VSOCK goes. It does nothing by itself: ``step`` obeys one packet."""
 
     def __init__(
         self, folder: Path, *, buffer: int = 4096, buffers: int = 128, start: bool = True, **options: Any
@@ -64,6 +65,14 @@ class Guest:
         self.came.clear()
         self.driver.start()
         self.offer(self.buffers)
+
+    def start_restored(self) -> None:
+        """As after ``restore``: the device is activated without having been reset."""
+        self.driver.negotiate()
+        self.device.restore({})
+        self.driver.set_up_queues()
+        self.driver.control.set_status(self.driver.status | status.DRIVER_OK)
+        self.driver.serve()
 
     def close(self) -> None:
         self.driver.close()
@@ -117,7 +126,7 @@ class Guest:
             used = self.driver.wait(RX, timeout=timeout)
             for each in used:
                 data = self.driver.read(each.head, RX)[: each.length]
-                self.came.append(Packet(*HEADER.unpack_from(data), data[HEADER.size :]))
+                self.came.append(Packet._make((*HEADER.unpack_from(data), data[HEADER.size :])))
             self.offer(len(used))
         packet = self.came.popleft()
         assert (packet.src_cid, packet.dst_cid) == (HOST, CID)
