@@ -117,7 +117,8 @@ BAD = {
     "--net fd=[3,4]: another interface has one of them too": VmConfig(
         net=[NetConfig(fd=[3, 4]), NetConfig(fd=[4, 5])]
     ),
-    f"--vsock socket={93 * 's'}... (104 characters): socket is a path of at most 96 bytes, so that _PORT fits behind it": VmConfig(
+    f"--vsock socket={93 * 's'}... (104 characters):"
+    " socket is a path of at most 96 bytes, so that _PORT fits behind it": VmConfig(
         vsock=VsockConfig(cid=3, socket=97 * "s")
     ),
     "--vsock socket=/a: --serial has this path too; each needs its own": VmConfig(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -205,7 +206,7 @@ def test_headers_and_data_may_be_cut_anywhere(guest: Guest) -> None:
     packet = header + data
     for cuts in ((1, 2, 50), (43, 44, 45), (44,), (20, 100, 101)):
         edges = [0, *cuts, len(packet)]
-        guest.send_raw(*(packet[low:high] for low, high in zip(edges, edges[1:], strict=False)))
+        guest.send_raw(*(packet[low:high] for low, high in pairwise(edges)))
         assert client.recv(4096) == data
     guest.driver.reset()
     client.close()
@@ -242,16 +243,12 @@ def test_megabytes_arrive_whole_both_ways_at_once(guest: Guest, size: int) -> No
     for thread in threads:
         thread.start()
     arrived = hashlib.sha256()
-    count = position = 0
-    while count < size or position < size:
-        guest.until(lambda: one.data or (position < size and one.credit))
+    while one.read_count < size or one.sent_count < size:
+        guest.until(lambda: one.data or (one.sent_count < size and one.credit))
         if part := one.read():
             arrived.update(part)
-            count += len(part)
-        if position < size and one.credit:
-            part = data[position : position + min(one.credit, 1 << 16)]
-            one.write(part)
-            position += len(part)
+        if one.sent_count < size and one.credit:
+            one.write(data[one.sent_count : one.sent_count + min(one.credit, 1 << 16)])
     for thread in threads:
         thread.join()
     assert arrived.digest() == came.digest() == digest

@@ -79,7 +79,7 @@ def test_whatever_guest_and_clients_do_the_next_connection_works(
     steps: list[tuple[str, Any]], buffer: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
-        guest = Guest(Path(folder), buffer=buffer, buffers=8, guest_ms=100)
+        guest = Guest(Path(folder), buffer=buffer, buffers=8)
         listener.bind(f"{guest.path}_53")
         listener.listen(2)
         crowd = Crowd(guest)
@@ -129,7 +129,10 @@ def _works(guest: Guest) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.integers(0, 3), st.integers(0, 1 << 17), st.integers(0, 1 << 17), st.sampled_from([0, 1, 2, 4, 7])
+            st.integers(0, 3),
+            st.integers(0, 1 << 17),
+            st.integers(0, 1 << 17),
+            st.sampled_from([0, 1, 2, 4, 7]),
         ),
         max_size=8,
     ),
