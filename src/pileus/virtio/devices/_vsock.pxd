@@ -30,6 +30,7 @@ cdef class Muxer(Engine):
     cdef char path[PATH_SIZE]
     cdef int problem
     cdef int epoll
+    cdef int64_t stopped_at         # ns
     cdef bint accepting             # the listener may have clients
     cdef bint rx_more, tx_more      # the queue may hold chains that nobody will kick for
     cdef Table *table

@@ -81,6 +81,7 @@ from pileus.virtio.devices._vsock_table cimport (
     table_unhash,
     timer_next,
     timer_set,
+    timers_shift,
 )
 from pileus.virtio.queue._engine cimport Engine
 from pileus.virtio.queue._queue cimport MAX_BUFFERS, Buffers, Queue, buffers_free, buffers_init
@@ -169,7 +170,8 @@ CONNECTION_LIMIT = MAX_CONNECTIONS
 cdef class Muxer(Engine):
     """Engine of the rx and tx queues. Borrows ``listener``, a non-blocking Unix socket that listens at ``path``.
 
-    ``stop`` leaves connections as they are, for the next ``start``; ``disconnect``, while stopped, ends them.
+    ``stop`` leaves connections as they are for the next ``start``, and their time stands still; ``disconnect``,
+    while stopped, ends them.
     ``line_ms`` is how long a client may take to name its port, ``guest_ms`` how long the guest may take to
     answer, ``linger_ms`` how long a client may take nothing of what a guest left for it.
     """
@@ -247,7 +249,12 @@ cdef class Muxer(Engine):
 
     cdef int serve(self) noexcept nogil:
         cdef int result = self._prepare()
-        return self._loop() if result == 0 else result
+        if result == 0:
+            result = self._loop()
+        if result < 0:
+            self._forget_all()  # nobody serves them any more, and their clients are to know
+        self.stopped_at = _now()
+        return result
 
     cdef int _prepare(self) noexcept nogil:
         self.problem = NONE
@@ -256,6 +263,7 @@ cdef class Muxer(Engine):
         if self.rx.active:
             self.rx.disable_kicks()
         if self.epoll >= 0:
+            timers_shift(self.table, _now() - self.stopped_at)
             return 0
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.epoll < 0:

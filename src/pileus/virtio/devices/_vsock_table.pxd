@@ -101,6 +101,7 @@ cdef Connection *table_at(Table *table, uint32_t slot, uint32_t generation) noex
 
 # Each kind's timers run equally long, so a ring is in the order of their ends.
 cdef void timer_set(Table *table, Connection *connection, int kind, int64_t now) noexcept nogil
+cdef void timers_shift(Table *table, int64_t by) noexcept nogil
 cdef int64_t timer_next(Table *table) noexcept nogil        # ns; -1: none
 
 # Keep bytes that the client has no room for; false without memory. BUFFER bounds it: the caller counts credit.

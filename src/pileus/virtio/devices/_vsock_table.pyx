@@ -121,6 +121,17 @@ cdef void timer_set(Table *table, Connection *connection, int kind, int64_t now)
     link_append(&table.timers[kind], &connection.timer)
 
 
+cdef void timers_shift(Table *table, int64_t by) noexcept nogil:
+    cdef Link *link
+    cdef int kind
+    for kind in range(TIMERS):
+        link = table.timers[kind].after
+        while link != &table.timers[kind]:
+            (<Connection *>link.owner).deadline += by
+            (<Connection *>link.owner).since += by
+            link = link.after
+
+
 cdef int64_t timer_next(Table *table) noexcept nogil:
     cdef int64_t soonest = -1
     cdef Connection *first
