@@ -135,17 +135,16 @@ def all_of(client: socket.socket) -> bytes:
 
 
 def test_virtio_vsock(host: Host) -> None:
-    """The reference's test of this name: socat at both ends, here with an answer."""
-    host.system.check("setsid socat - VSOCK-LISTEN:16 >/root/vsock_log 2>&1 </dev/null &\n")
-    time.sleep(5)
-    done = subprocess.run(
-        ["socat", "-t", "10", "-", f"UNIX-CONNECT:{host.path()}"],
-        input=b"CONNECT 16\nHelloWorld!\n",
-        capture_output=True,
-        check=True,
-        timeout=PATIENCE,
-    )
-    assert done.stdout.startswith(b"OK ")
+    """The reference's test of this name: socat at both ends."""
+    host.system.check("setsid socat -u VSOCK-LISTEN:16 CREATE:/root/vsock_log >/dev/null 2>&1 </dev/null &\n")
+    command = ["socat", "-t", "30", "-", f"UNIX-CONNECT:{host.path()}"]
+    deadline, said = time.monotonic() + PATIENCE, b""
+    while not said.startswith(b"OK ") and time.monotonic() < deadline:  # until socat listens
+        done = subprocess.run(
+            command, input=b"CONNECT 16\nHelloWorld!\n", capture_output=True, check=False, timeout=PATIENCE
+        )
+        said = done.stdout
+    assert said.startswith(b"OK ")
     assert host.system.check("cat /root/vsock_log") == "HelloWorld!"
 
 
@@ -226,10 +225,14 @@ def test_nobody_listens_on_either_side(host: Host) -> None:
 def test_peers_that_vanish(host: Host) -> None:
     for _ in range(20):
         host.call(f"give {64 * MIB}").close()
-    assert (
-        "Killed"
-        in host.system.run("timeout -s KILL 5 socat -u /dev/zero VSOCK-CONNECT:2:55 || echo Killed").stdout
-    )
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(host.path(55))
+        listener.listen(1)
+        host.system.run("timeout -s KILL 5 socat -u /dev/zero VSOCK-CONNECT:2:55")
+        peer, _ = listener.accept()
+        with peer:
+            peer.settimeout(PATIENCE)
+            assert all_of(peer).strip(b"\0") == b""
     with host.call("echo") as client:
         client.sendall(b"fine")
         assert client.recv(64) == b"fine"
