@@ -120,7 +120,10 @@ def _value(option: Option, field: "Field", texts: list[str]) -> object:
     if option.takes == LIST:
         return [parse(struct_of(field), option.flag, text) for text in texts]
     if isinstance(field.kind, Nested):
-        return parse(field.kind.struct, option.flag, texts[0]) if texts else field.kind.struct()
+        struct = field.kind.struct
+        if not texts and not any(each.required for each in struct.fields.values()):
+            return struct()
+        return parse(struct, option.flag, texts[0] if texts else "")
     if not texts:
         hint = f"a value that starts with - is written {option.flag}=VALUE"
         raise ConfigError(option.flag, "without a value", f"it takes {field.kind.allowed}; {hint}")

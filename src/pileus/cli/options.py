@@ -41,6 +41,7 @@ GROUPS = {
         Option("--vhost-user-net", "vm.vhost_user_net", LIST),
         Option("--vhost-user-blk", "vm.vhost_user_blk", LIST),
         Option("--balloon", "vm.balloon"),
+        Option("--vsock", "vm.vsock"),
     ),
     "Terminals of the guest": (
         Option("--serial", "vm.serial"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MIN_MEMORY = 2 * MIB  # what boot protocols use below 1 MiB, and the least of kernels above
 PAGE_SIZE = 4 * KIB
 STDERR = 2
+SOCKET_PATH_LIMIT = 107 - len("_4294967295")  # bytes: what sun_path holds, less the longest port
 HUGE_PAGE_SIZES = (2 * MIB, GIB)  # what x86 has
 
 
@@ -247,6 +248,20 @@ def _sockets(vm: "VmConfig") -> None:
             raise _at_odds(option, struct, (key,), "another device has this socket already")
 
 
+def _vsock(vm: "VmConfig") -> None:
+    vsock = vm.vsock
+    if vsock is None:
+        return
+    if len(vsock.socket.encode(errors="surrogatepass")) > SOCKET_PATH_LIMIT:
+        allowed = f"socket is a path of at most {SOCKET_PATH_LIMIT} bytes, so that _PORT fits behind it"
+        raise _at_odds("--vsock", vsock, ("socket",), allowed)
+    for option, terminal in (("--serial", vm.serial), ("--console", vm.console)):
+        if vsock.socket == terminal.path:
+            raise _at_odds("--vsock", vsock, ("socket",), f"{option} has this path too; each needs its own")
+    if vsock.id is not None and vsock.id in [*(net.id for net in vm.net), *(disk.id for disk in vm.disks)]:
+        raise _at_odds("--vsock", vsock, ("id",), "another device has this id already")
+
+
 def _page_size(memory: "MemoryConfig") -> int:
     """What the size is a multiple of: the least huge page where the host will choose."""
     return (memory.hugepage_size or HUGE_PAGE_SIZES[0]) if memory.hugepages else PAGE_SIZE
@@ -271,4 +286,5 @@ RULES = (
     _vhost_user_devices,
     _shared_directories,
     _sockets,
+    _vsock,
 )

@@ -53,6 +53,7 @@ class Struct:  # noqa: PLW1641 - its instances change, so they have no hash
 
     fields: "ClassVar[dict[str, Field]]" = {}  # noqa: RUF012 - a subclass gets its own
     bare: "ClassVar[str | None]" = None  # the field that a value without a key is for
+    aliases: "ClassVar[dict[str, str]]" = {}  # noqa: RUF012 - keys of old, and the fields they name today
 
     def __init_subclass__(cls) -> None:
         own = {name: value for name, value in vars(cls).items() if isinstance(value, Field)}

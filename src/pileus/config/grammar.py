@@ -102,8 +102,8 @@ def _key(struct: "type[Struct]", option: str, piece: str) -> str:
         return struct.bare
     if not key:
         problem = "write key=value" if key is None else "the key before = is missing"
-    elif key in struct.fields:
-        return key
+    elif (name := struct.aliases.get(key, key)) in struct.fields:
+        return name
     else:
         problem = f"there is no key {shown(key)}"
     raise ConfigError(option, shown(piece), f"{problem}; keys are {', '.join(struct.fields)}")

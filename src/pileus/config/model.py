@@ -41,6 +41,7 @@ MAX_FS_QUEUES = 255  # what one byte of vhost-user can number, less the urgent q
 MAX_DISK_QUEUES = 256
 MAX_DISK_QUEUE_SIZE = 1024  # a chain is no longer, and that is what one preadv takes
 SERIAL_LIMIT = 21  # one more than there is room for: virtio 1.2, 5.2.6
+MIN_CID, MAX_CID = 3, (1 << 32) - 2  # 0 to 2 and the last are taken: virtio 1.2, 5.10.4
 
 PATH, SIZE, SWITCH = Path(), Size(), Switch()
 FD = Count(0, FD_MAX)
@@ -275,6 +276,19 @@ class VhostUserBlkConfig(Struct):
     wce: bool = field(SWITCH, "let the guest turn the write cache off and on", default=True)
 
 
+class VsockConfig(Struct):
+    """Sockets between the guest and Unix sockets of the host."""
+
+    aliases = {"sock": "socket"}  # noqa: RUF012 - as Cloud Hypervisor 0.3 called it
+
+    cid: int = field(Count(MIN_CID, MAX_CID), "the guest's number")
+    socket: str = field(
+        PATH, "Unix socket to make: write CONNECT PORT there; the guest's connections go to SOCKET_PORT"
+    )
+    id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_vsock0")
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
@@ -303,6 +317,7 @@ class VmConfig(Struct):
     vhost_user_blk: list[VhostUserBlkConfig] = field(
         Many(VhostUserBlkConfig), "disks of vhost-user back-ends", factory=lambda _: []
     )
+    vsock: VsockConfig | None = field(Nested(VsockConfig), "sockets between guest and host", default=None)
 
     @property
     def has_backends(self) -> bool:

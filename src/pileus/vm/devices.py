@@ -54,3 +54,7 @@ def make(
         from pileus.vm import vhost_user_devices
 
         yield from map(cleanup.own, vhost_user_devices.make(config, loop))
+    if config.vsock is not None:
+        from pileus.virtio.devices.vsock import open_vsock
+
+        yield cleanup.own(open_vsock(config.vsock))

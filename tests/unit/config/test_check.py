@@ -22,6 +22,7 @@ from pileus.config.model import (
     VhostUserNetConfig,
     VmConfig,
     VmmConfig,
+    VsockConfig,
 )
 from pileus.errors import ConfigError
 
@@ -48,6 +49,7 @@ GOOD = [
     VmConfig(fs=[FsConfig(tag="a", sock="/s"), FsConfig(tag="b", socket="/t", dax=False)]),
     VmConfig(fs=[FsConfig(tag="a", sock="/s", cache_size=GIB)]),
     VmConfig(vhost_user_net=[VhostUserNetConfig(sock="/s")], vhost_user_blk=[VhostUserBlkConfig(sock="/t")]),
+    VmConfig(vsock=VsockConfig(cid=3, socket="/" + 95 * "s")),
 ]
 MAC = "2e:00:00:00:00:01"
 BAD = {
@@ -164,6 +166,16 @@ BAD = {
     ),
     "--net fd=[3,4]: another interface has one of them too": VmConfig(
         net=[NetConfig(fd=[3, 4]), NetConfig(fd=[4, 5])]
+    ),
+    f"--vsock socket={93 * 's'}... (104 characters):"
+    " socket is a path of at most 96 bytes, so that _PORT fits behind it": VmConfig(
+        vsock=VsockConfig(cid=3, socket=97 * "s")
+    ),
+    "--vsock socket=/a: --serial has this path too; each needs its own": VmConfig(
+        serial=SerialConfig(mode="socket", socket="/a"), vsock=VsockConfig(cid=3, socket="/a")
+    ),
+    "--vsock id=a: another device has this id already": VmConfig(
+        net=[NetConfig(id="a")], vsock=VsockConfig(cid=3, socket="/s", id="a")
     ),
 }
 

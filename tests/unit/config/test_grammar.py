@@ -20,6 +20,7 @@ from pileus.config.model import (
     SerialConfig,
     VhostUserBlkConfig,
     VhostUserNetConfig,
+    VsockConfig,
 )
 from pileus.errors import ConfigError
 
@@ -37,6 +38,7 @@ STRUCTS = [
     FsConfig,
     VhostUserNetConfig,
     VhostUserBlkConfig,
+    VsockConfig,
     ApiSocketConfig,
 ]
 
@@ -177,6 +179,12 @@ def _read_or_refuse(struct: type[Struct], text: str) -> None:
     if written := grammar.format_struct(value):
         again = grammar.parse(struct, "--option", written)
         assert again == value or "file" in struct.fields  # an implied mode gives way to an explicit one
+
+
+def test_a_key_of_old_names_the_field_of_today() -> None:
+    assert grammar.parse(VsockConfig, "--vsock", "cid=3,sock=/s") == VsockConfig(cid=3, socket="/s")
+    with pytest.raises(ConfigError, match=r"^--vsock cid=3: socket= is required$"):
+        grammar.parse(VsockConfig, "--vsock", "cid=3")
 
 
 def test_every_struct_of_the_model_is_tried_here() -> None:

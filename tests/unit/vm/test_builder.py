@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 
-from pileus.config.model import CpusConfig, FsConfig, NetConfig, VhostUserBlkConfig, VmConfig
+from pileus.config.model import (
+    CpusConfig,
+    FsConfig,
+    NetConfig,
+    VhostUserBlkConfig,
+    VmConfig,
+    VsockConfig,
+)
 from pileus.console import Console, open_console
-from pileus.errors import ConfigError, KvmError
+from pileus.errors import ConfigError, HostError, KvmError
 from pileus.kvm import Kvm
 from pileus.vhost_user.devices.fs import VhostUserFs
 from pileus.vm.builder import build, topology_of
@@ -127,6 +134,28 @@ def test_a_hundred_vms_leave_nothing(kvm: Kvm, config: VmConfig, console: Consol
     for _ in range(100):
         build(config, kvm, console, ignore, IDLE).close()
     assert tiny.held() == before
+
+
+def test_a_vm_with_sockets_is_built_again_after_it_was_closed(
+    kvm: Kvm, config: VmConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "vsock"
+    config.vsock = VsockConfig(cid=3, socket=str(path))
+
+    def build_and_close() -> None:
+        vm = build(config, kvm, None, ignore, IDLE)
+        assert path.is_socket()
+        with pytest.raises(HostError, match=r"vsock: another process does$"):
+            build(config, kvm, None, ignore, IDLE)
+        vm.close()
+        assert not path.exists()
+
+    build_and_close()
+    before = tiny.held()
+    for _ in range(30):
+        build_and_close()
+    after = tiny.held()
+    assert (after.files, after.threads) == (before.files, before.threads)
 
 
 def test_a_vm_can_be_closed_twice_and_without_having_run(kvm: Kvm, config: VmConfig) -> None:

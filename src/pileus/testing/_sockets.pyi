@@ -1,0 +1,19 @@
+from pileus.memory import GuestMemory
+
+class SplitRing:
+    size: int
+    descriptors: int
+    available: int
+    used_ring: int
+
+class SocketGuest:
+    rx: SplitRing
+    tx: SplitRing
+    received: int
+    closed: bool
+    def __init__(self, memory: GuestMemory, cid: int, rx_size: int = 4096) -> None: ...
+    def start(self, rx_kick: int, rx_call: int, tx_kick: int, tx_call: int) -> None: ...
+    def accept(self) -> None: ...
+    def send(self, total: int, packet: int = 65536) -> None: ...
+    def receive(self, total: int) -> None: ...
+    def echo(self, count: int, size: int) -> None: ...
