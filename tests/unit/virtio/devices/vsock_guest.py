@@ -108,7 +108,8 @@ class Guest:
     def send_raw(self, *parts: bytes) -> None:
         deadline = time.monotonic() + PATIENCE
         self.driver.used(TX)
-        while self.driver.rings[TX].in_flight > self.driver.rings[TX].size - 8:
+        most = self.driver.rings[TX].size // 2 - 4  # a packet takes two descriptors
+        while self.driver.rings[TX].in_flight > most:
             assert time.monotonic() < deadline, "the device takes no packets"
             self.driver.wait(TX)
         self.driver.add(readable=parts, queue=TX)
