@@ -18,10 +18,14 @@ cdef class Region:
     cdef readonly uint64_t size
     cdef readonly uint64_t page_size
     cdef uint8_t *base
+    cdef uint64_t lead               # mapped bytes before the region, which may begin within a page
+    cdef uint64_t mapped
+    cdef bint guarded
     cdef int exports                 # memoryviews alive: unmapping under them would leave them dangling
 
     cdef _check_unused(self)
     cdef _advise(self, int advice, str doing)
+    cdef void _unmap(self, uint8_t *base) noexcept nogil
     # Whole pages that the host gets back; 0 or -errno.
     cdef int give_back(self, uint64_t offset, uint64_t length) noexcept nogil
 
@@ -31,6 +35,8 @@ cdef class GuestMemory:
     cdef size_t count
     cdef readonly list regions       # of (gpa, Region), ascending
     cdef readonly uint64_t size
+    cdef uint8_t *log                # a bit per page by gpa, for a peer that copies memory; or NULL
+    cdef Region log_region
     cdef bint tracked                # whether ``mark`` has anything to do
 
     # The host address of [gpa, gpa + length), or NULL if that is not all RAM of one region. A length of 0 is NULL.

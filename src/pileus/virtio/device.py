@@ -34,6 +34,7 @@ class VirtioDevice:
     id = 0
     features = 0  # offered beside those of ring and transport
     queue_sizes: tuple[int, ...] = ()  # the most descriptors of each queue, a power of two
+    in_order = False  # chains are given back in the order of their offer, always
     kicked_in_python: "tuple[int, ...] | None" = None  # queues that handle_queue serves; None: all
 
     def __init__(self, name: str) -> None:
@@ -106,6 +107,11 @@ class VirtioDevice:
     def offered(self) -> int:
         """All feature bits the driver may choose from."""
         return self.features | RING_FEATURES | VERSION_1 | (ACCESS_PLATFORM if self.behind_iommu else 0)
+
+    @property
+    def queue_groups(self) -> int:
+        """How many queues there are, in the unit in which this kind of device is given more of them."""
+        return len(self.queues)
 
     @property
     def python_queues(self) -> "tuple[int, ...]":
