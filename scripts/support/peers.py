@@ -30,8 +30,13 @@ PACKAGES = [
     "ibverbs-providers", "libbsd0", "libcap2", "libdbus-1-3", "libelf1t64", "libfdt1", "libibverbs1",
     "libjansson4", "libmd0", "libnl-3-200", "libnl-route-3-200", "libnuma1", "libpcap0.8t64", "libsystemd0",
     "libzstd1", "zlib1g",
+    "libblkio1", "qemu-utils", "qemu-block-extra",  # QEMU as a front-end of disks; tests call libblkio itself, too
+    "libaio1t64", "liburing2", "libnettle8t64", "libgmp10", "libhogweed6t64", "libglib2.0-0t64",
+    "libgnutls30t64", "libpcre2-8-0", "libp11-kit0", "libidn2-0", "libunistring5", "libtasn1-6", "libffi8",
 ]  # fmt: skip
 PROGRAMS = {
+    "qemu-img": "usr/bin/qemu-img",
+    "qemu-io": "usr/bin/qemu-io",
     "virtiofsd": "usr/libexec/virtiofsd",
     "passt": "usr/bin/passt",
     "dpdk-testpmd": "usr/bin/dpdk-testpmd",
@@ -61,5 +66,6 @@ def _write_starter(name: str, path: str) -> None:
     words = [PEERS / LOADER, "--library-path", PEERS / LIBRARIES, PEERS / path]
     starter = PEERS / "bin" / name
     starter.parent.mkdir(exist_ok=True)
-    starter.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, words))} "$@"\n')
+    modules = f"export QEMU_MODULE_DIR={shlex.quote(str(PEERS / LIBRARIES / 'qemu'))}\n"
+    starter.write_text(f'#!/bin/sh\n{modules}exec {shlex.join(map(str, words))} "$@"\n')
     starter.chmod(0o755)

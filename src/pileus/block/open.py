@@ -17,16 +17,23 @@ PROBE_SIZE = 4096  # O_DIRECT reads whole blocks into aligned memory
 
 
 def open_image(
-    path: str, *, readonly: bool = False, direct: bool = False, format: str | None = None
+    path: str,
+    *,
+    readonly: bool = False,
+    direct: bool = False,
+    format: str | None = None,
+    fd: int | None = None,
 ) -> "Image":
     """The disk in the file or block device at ``path``, locked; the caller closes it.
 
     ``format`` is one of FORMATS, None to see what it looks like. ``direct`` goes around the page cache.
+    With ``fd``, an open descriptor that fits these and is taken over, ``path`` is only its name.
     Raises HostError, and ConfigError for a format that there is not.
     """
     if format not in (None, *FORMATS):
         raise ConfigError("image_type", format, f"known are {' and '.join(FORMATS)}")
-    fd = _open(path, readonly, direct)
+    if fd is None:
+        fd = _open(path, readonly, direct)
     try:
         lock(fd, path, readonly=readonly)
         kind = format or _probe(fd, path)
