@@ -32,8 +32,7 @@ def open_image(
     """
     if format not in (None, *FORMATS):
         raise ConfigError("image_type", format, f"known are {' and '.join(FORMATS)}")
-    if fd is None:
-        fd = _open(path, readonly, direct)
+    fd = _open(path, readonly, direct) if fd is None else _adopt(fd, path)
     try:
         lock(fd, path, readonly=readonly)
         kind = format or _probe(fd, path)
@@ -58,6 +57,14 @@ def _open(path: str, readonly: bool, direct: bool) -> int:
     try:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not keep us waiting …
         os.set_blocking(fd, True)  # … and a disk may
+    except OSError as error:
+        raise HostError("open", path, error) from error
+    return fd
+
+
+def _adopt(fd: int, path: str) -> int:
+    try:
+        os.set_inheritable(fd, False)
     except OSError as error:
         raise HostError("open", path, error) from error
     return fd

@@ -128,9 +128,7 @@ def check(config: "BlkBackendConfig | TapBackendConfig") -> None:
     given = {option: value for option, value in ways.items() if value is not None}
     if len(given) != 1:
         if not given:
-            raise ConfigError(
-                "--socket", "is missing", "a front-end needs a socket to come by: PATH, or --fd N"
-            )
+            raise ConfigError("--socket", "is missing", "front-ends need a socket to come by, or --fd")
         option, value = given.popitem()
         raise ConfigError(option, value, "one of --socket, --fd and sock is enough")
     path = config.socket or backend.sock
