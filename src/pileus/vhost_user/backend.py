@@ -188,7 +188,7 @@ class Backend:
         return Message(message.request, self.protocol_offered)
 
     def _set_protocol_features(self, message: Message, _fds: "list[int]") -> None:
-        if unknown := message.values[0] & ~self.protocol_offered:
+        if unknown := message.values[0] & ~int(self.protocol_offered):
             raise RemoteProtocolError(f"protocol features {unknown:#x} were not offered")
         self.protocol_features = Feature(message.values[0])
 

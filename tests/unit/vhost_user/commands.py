@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 ROOT = Path(__file__).parents[3]
-PATIENCE = 20.0
+PATIENCE = 60.0  # seconds; machines may be busy
 
 
 def command(name: str, *words: str) -> list[str]:

@@ -11,7 +11,7 @@ from pileus.vhost_user.connection import Server
 from pileus.vhost_user.server import BackendServer
 from pileus.virtio.device import VirtioDevice
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 
 
 class Echo(VirtioDevice):

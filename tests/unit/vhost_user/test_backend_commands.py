@@ -5,10 +5,12 @@ import random
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pileus.loop import Loop
 from pileus.vhost_user.connection import Client, Server
 from pileus.vhost_user.devices.blk import VhostUserBlk
 from pileus.virtio import status
@@ -148,16 +150,18 @@ def test_it_takes_an_inherited_socket(tmp_path: Path, image: Path, listens: bool
     assert process.wait(PATIENCE) == 0
 
 
+def listening(path: str) -> Callable[[Loop], VhostUserBlk]:
+    """A disk whose front-end waits for its back-end."""
+    return lambda loop: VhostUserBlk("b", "--disk", Server(path), loop, patience=PATIENCE)
+
+
 def test_it_connects_to_a_front_end_that_listens(tmp_path: Path, image: Path) -> None:
     path = str(tmp_path / "s")
     words = command("pileus-blk", *options(image), "--socket", path, "--client")
     process = subprocess.Popen(words, env=environment())
     time.sleep(0.2)
     for _ in range(2):
-        server = Server(path)
-        with driving(
-            lambda loop, server=server: VhostUserBlk("b", "--disk", server, loop, patience=20)
-        ) as driver:  # type: ignore[misc]
+        with driving(listening(path)) as driver:
             assert Disk(driver).read(0, SECTOR) == bytes(SECTOR)
     process.terminate()
     assert process.wait(PATIENCE) == 0
