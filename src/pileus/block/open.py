@@ -32,7 +32,7 @@ def open_image(
     """
     if format not in (None, *FORMATS):
         raise ConfigError("image_type", format, f"known are {' and '.join(FORMATS)}")
-    fd = _open(path, readonly, direct) if fd is None else _adopt(fd, path)
+    fd = open_file(path, readonly, direct) if fd is None else _adopt(fd, path)
     try:
         lock(fd, path, readonly=readonly)
         kind = format or _probe(fd, path)
@@ -52,7 +52,8 @@ def open_image(
         raise
 
 
-def _open(path: str, readonly: bool, direct: bool) -> int:
+def open_file(path: str, readonly: bool, direct: bool) -> int:
+    """A descriptor of the image at ``path``. Raises HostError."""
     flags = (os.O_RDONLY if readonly else os.O_RDWR) | (os.O_DIRECT if direct else 0)
     try:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not keep us waiting …

@@ -189,3 +189,4 @@ NET = Command(
     '{"type": "net"}',
     _open_interface,
 )
+COMMANDS = {command.name: command for command in (BLK, NET)}

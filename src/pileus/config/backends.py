@@ -39,7 +39,7 @@ class DiskBackendConfig(Struct):
     """The image that is served."""
 
     path: str | None = field(PATH, "image file or block device", default=None, default_help="none")
-    fd: int | None = field(FD, "inherited descriptor of it instead", default=None)
+    fd: int | None = field(FD, "inherited descriptor of it, which path merely names then", default=None)
     sock: str | None = field(PATH, "Unix socket to listen on, as --socket", default=None)
     readonly: bool = field(SWITCH, "let the guest read only", default=False)
     direct: bool = field(SWITCH, "go around the host's page cache (O_DIRECT)", default=False)
@@ -137,9 +137,8 @@ def check(config: "BlkBackendConfig | TapBackendConfig") -> None:
     if backend.queue_size & (backend.queue_size - 1):
         raise at_odds("--backend", backend, ("queue_size",), "queue_size is a power of two")
     if isinstance(backend, DiskBackendConfig):
-        if (backend.path is None) == (backend.fd is None):
-            allowed = "path= is required" if backend.path is None else "one of path and fd is enough"
-            raise at_odds("--backend", backend, () if backend.path is None else ("path", "fd"), allowed)
+        if backend.path is None and backend.fd is None:
+            raise at_odds("--backend", backend, (), "path= is required, or fd=")
     elif backend.num_queues % 2:
         raise at_odds("--backend", backend, ("num_queues",), "num_queues is an even number")
     elif backend.fd is not None and backend.tap is not None:

@@ -190,6 +190,11 @@ def _disks(vm: "VmConfig") -> None:
 
 def _vhost_user(option: str, struct: "DiskConfig | NetConfig", *local: str) -> None:
     """A device of a back-end needs its socket, and nothing that is about a device of this process."""
+    if struct.offload and struct.vhost_user:
+        allowed = "a back-end of somebody else's has it already, or one of pileus shall; not both"
+        raise at_odds(option, struct, ("vhost_user", "offload"), allowed)
+    if struct.offload and struct.iommu:
+        raise at_odds(option, struct, ("offload", "iommu"), "no back-end can be behind the virtual IOMMU")
     if not struct.vhost_user:
         if struct.socket is not None:
             raise at_odds(option, struct, ("socket",), "socket needs vhost_user=on")

@@ -26,7 +26,7 @@ def make(
         cleanup.call(console.disconnect)
         yield port
     for index, disk in enumerate(config.disks):
-        if disk.vhost_user:
+        if disk.vhost_user or disk.offload:
             from pileus.vm import vhost_user_devices
 
             yield cleanup.own(vhost_user_devices.open_disk(disk, index, loop))
@@ -35,7 +35,7 @@ def make(
 
         yield cleanup.own(open_disk(disk, index))
     for index, net in enumerate(config.net):
-        if net.vhost_user:
+        if net.vhost_user or net.offload:
             from pileus.vm import vhost_user_devices
 
             yield cleanup.own(vhost_user_devices.open_net(net, index, loop))
