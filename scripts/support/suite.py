@@ -13,11 +13,11 @@ tier asked for did run.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +29,9 @@ from support.nested import run_nested
 from support.setup import setup
 
 RESULTS = CACHE / "results"
-GUEST_TIMEOUT = 25 * 60.0  # of one batch
+GUEST_TIMEOUT = 40 * 60.0  # of one batch
+GUEST_PATIENCE = 10 * 60.0  # for the next result
+GUEST_MACHINES = 4  # for one batch
 BASICS = {"test_boot", "test_console", "test_memory", "test_pci", "test_power"}
 # Two guests at a time: the emulated machine has two processors, and a guest mostly uses one.
 GUEST_WORKERS = 2
@@ -142,17 +144,11 @@ def _package(_: list[str]) -> Outcome:
 
 
 def _unit(arguments: list[str]) -> Outcome:
-    return _pytest(
-        "unit", lambda command: subprocess.run(command, cwd=ROOT, check=False).returncode, arguments
-    )
+    return _native("unit", arguments)
 
 
 def _peer(arguments: list[str]) -> Outcome:
-    if not any((ROOT / "tests" / "peer").glob("test_*.py")):
-        return Outcome()
-    return _pytest(
-        "peer", lambda command: subprocess.run(command, cwd=ROOT, check=False).returncode, arguments
-    )
+    return _native("peer", arguments)
 
 
 def _guest(arguments: list[str]) -> Outcome:
@@ -162,7 +158,7 @@ def _guest(arguments: list[str]) -> Outcome:
     assets = [path for name in wanted for path in sorted(guests.GUESTS.glob(f"*/{name}"))]
     copy = [ROOT / ".venv", ROOT / "src", ROOT / "tests", *assets]
 
-    def start(command: list[str]) -> int:
+    def start(command: list[str], log: Path) -> int:
         return run_nested(
             command,
             write=[RESULTS],
@@ -170,6 +166,7 @@ def _guest(arguments: list[str]) -> Outcome:
             disks=system.scratch_disks(),
             modules=["tun"],
             timeout=GUEST_TIMEOUT,
+            progress=(log, GUEST_PATIENCE),
         )
 
     outcome = Outcome()
@@ -183,7 +180,7 @@ def _guest(arguments: list[str]) -> Outcome:
 
 
 def _guest_batches() -> dict[str, list[str]]:
-    """The files of each emulated machine: one that dies takes few results with it."""
+    """The files of each emulated machine."""
     found = sorted((ROOT / "tests" / "guest").glob("test_*.py"))
     batches: dict[str, list[str]] = {"basics": [*NEED_COMPLETE_KVM]}
     for path in found:
@@ -192,59 +189,94 @@ def _guest_batches() -> dict[str, list[str]]:
     return batches
 
 
-def _guest_batch(name: str, arguments: list[str], start: Callable[[list[str]], int]) -> Outcome:
-    """One batch; again, once, if the emulated machine died under it, as an emulated kernel sometimes does."""
+def _guest_batch(name: str, arguments: list[str], start: Callable[[list[str], Path], int]) -> Outcome:
+    """One batch. If the emulated machine dies under it, another takes what has not ended yet."""
     # loadgroup: tests that share a guest run in one process.
     spread = ["-n", str(GUEST_WORKERS), "--dist", "loadgroup", "-v"]
-    for attempt in range(2):
-        outcome = _pytest(f"guest-{name}", start, [*spread, *arguments], folders=[])
-        if (RESULTS / f"guest-{name}.xml").exists():
-            break
-        if attempt == 0:
-            say(f"the emulated machine died under the batch {name}: once more")
+    outcome = Outcome()
+    ended: list[str] = []
+    for _ in range(GUEST_MACHINES):
+        rest = [word for test in ended for word in ("--deselect", test)]
+        log, status = _pytest(f"guest-{name}", start, [*spread, *rest, *arguments], folders=[])
+        outcome += log.outcome
+        if log.complete:
+            return _checked(outcome, status)
+        say(f"the emulated machine ended with status {status} under the batch {name}: another takes the rest")
+        ended += log.ended
+    outcome.failed += 1
     return outcome
 
 
-def _pytest(
-    tier: str, start: Callable[[list[str]], int], arguments: list[str], folders: list[str] | None = None
-) -> Outcome:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    report = RESULTS / f"{tier}.xml"
-    report.unlink(missing_ok=True)
-    command = [
-        str(PYTHON),
-        "-m",
-        "pytest",
-        *([f"tests/{tier}"] if folders is None else folders),
-        f"--junit-xml={report}",
-        "-p",
-        "no:cacheprovider",
-    ]
-    sys.stdout.flush()
-    status = start([*command, *arguments])
-    try:
-        outcome = _read_report(report)
-    except (OSError, ET.ParseError):
-        say(f"the {tier} tests ended with status {status} and without a report")
-        return Outcome(failed=1)
+def _native(tier: str, arguments: list[str]) -> Outcome:
+    def start(command: list[str], _: Path) -> int:
+        return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+    log, status = _pytest(tier, start, arguments, folders=[f"tests/{tier}"])
+    return _checked(log.outcome, status if log.complete else status or 1)
+
+
+def _checked(outcome: Outcome, status: int) -> Outcome:
     if status and not outcome.failed:
         say(f"pytest ended with status {status}")
         outcome.failed += 1
     return outcome
 
 
-def _read_report(path: Path) -> Outcome:
-    outcome = Outcome()
-    for case in ET.parse(path).iter("testcase"):
-        skipped = case.find("skipped")
-        if case.find("failure") is not None or case.find("error") is not None:
-            outcome.failed += 1
-        elif skipped is not None:
-            outcome.skipped += 1
-            outcome.reasons[skipped.get("message", "")] += 1
-        else:
-            outcome.passed += 1
-    return outcome
+@dataclass
+class Log:
+    """What pytest wrote down line by line, even if its machine died."""
+
+    outcome: Outcome = field(default_factory=Outcome)
+    ended: list[str] = field(default_factory=list)  # the tests that did
+    complete: bool = False
+
+
+def _pytest(
+    tier: str, start: Callable[[list[str], Path], int], arguments: list[str], folders: list[str]
+) -> tuple[Log, int]:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{tier}.jsonl"
+    path.write_bytes(b"")
+    command = [str(PYTHON), "-m", "pytest", *folders, f"--report-log={path}", "-p", "no:cacheprovider"]
+    sys.stdout.flush()
+    try:
+        status = start([*command, *arguments], path)
+    except ScriptError as error:
+        say(str(error))
+        status = 1
+    return _read_log(path), status
+
+
+def _read_log(path: Path) -> Log:
+    log = Log()
+    worst: dict[str, str] = {}
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # its machine died over it
+        kind, test = entry["$report_type"], entry.get("nodeid", "").partition("@")[0]
+        if kind == "SessionFinish":
+            log.complete = True
+        elif kind == "CollectReport" and entry["outcome"] == "failed":
+            log.outcome.failed += 1
+        elif kind == "TestReport":
+            if entry["outcome"] == "skipped":
+                reason = (
+                    entry["longrepr"][2] if isinstance(entry["longrepr"], list) else str(entry["longrepr"])
+                )
+                log.outcome.reasons[reason.removeprefix("Skipped: ")] += 1
+            if worst.get(test, "passed") == "passed":
+                worst[test] = entry["outcome"]
+            if entry["when"] == "teardown":
+                log.ended.append(test)
+    counts = Counter(worst[test] for test in log.ended)
+    log.outcome.passed, log.outcome.failed, log.outcome.skipped = (
+        counts["passed"],
+        log.outcome.failed + counts["failed"],
+        counts["skipped"],
+    )
+    return log
 
 
 TIERS: dict[str, Callable[[list[str]], Outcome]] = {
