@@ -25,7 +25,7 @@ PACKAGES = {
     "guest": ["busybox-static", "e2fsprogs", "kmod", "xz-utils", "zstd"],
     "system": ["mmdebstrap", "e2fsprogs", "openssh-client", "xfsprogs"],
     "nested": ["kmod", "busybox-static", "xz-utils", "zstd", "lz4"],
-    "test": ["acpica-tools", "git", "iperf3", "iproute2", "iputils-ping", "qemu-utils>=10", "socat"],
+    "test": ["acpica-tools", "curl", "git", "iperf3", "iproute2", "iputils-ping", "qemu-utils>=10", "socat"],
     "bench": ["qemu-system-x86>=10", "qemu-utils>=10", "iproute2"],
 }
 NEEDS = {  # a goal and the goals it rests on
