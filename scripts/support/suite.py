@@ -32,7 +32,11 @@ RESULTS = CACHE / "results"
 GUEST_TIMEOUT = 40 * 60.0  # of one batch
 GUEST_PATIENCE = 10 * 60.0  # for the next result
 GUEST_MACHINES = 4  # for one batch
-BASICS = {"test_boot", "test_console", "test_memory", "test_pci", "test_power"}
+# The files of each emulated machine; all others share a third.
+BATCHES = {
+    "basics": {"test_boot", "test_console", "test_memory", "test_pci", "test_power"},
+    "machine": {"test_devices", "test_disks", "test_network"},  # they share two Debian guests
+}
 # Two guests at a time: the emulated machine has two processors, and a guest mostly uses one.
 GUEST_WORKERS = 2
 # Unit tests that skip themselves, in part, where the host's KVM cannot run stock kernels.
@@ -181,10 +185,9 @@ def _guest(arguments: list[str]) -> Outcome:
 
 def _guest_batches() -> dict[str, list[str]]:
     """The files of each emulated machine."""
-    found = sorted((ROOT / "tests" / "guest").glob("test_*.py"))
     batches: dict[str, list[str]] = {"basics": [*NEED_COMPLETE_KVM]}
-    for path in found:
-        batch = "basics" if path.stem in BASICS else path.stem.removeprefix("test_")
+    for path in sorted((ROOT / "tests" / "guest").glob("test_*.py")):
+        batch = next((name for name, stems in BATCHES.items() if path.stem in stems), "systems")
         batches.setdefault(batch, []).append(str(path.relative_to(ROOT)))
     return batches
 
