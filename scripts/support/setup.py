@@ -21,7 +21,7 @@ from support import apt
 from support.host import PYTHON, ROOT, TOOLS, VENV, digest, has_full_kvm, only_one, run, say, stamp, stamped
 
 PACKAGES = {
-    "build": ["python3-dev", "python3-venv", "build-essential", "liburing-dev", "zlib1g-dev", "libzstd-dev"],
+    "build": ["python3-dev", "python3-venv", "build-essential", "zlib1g-dev", "libzstd-dev"],
     "guest": ["busybox-static", "e2fsprogs", "kmod", "xz-utils", "zstd"],
     "system": ["mmdebstrap", "e2fsprogs", "openssh-client", "xfsprogs"],
     # Version 10 of QEMU: with 7.2 as the outer emulator 3 nested guests of 20 crashed, with 10.0 none of 53.
