@@ -125,7 +125,7 @@ def run_nested(
     arguments = [
         str(emulator.fetch()), "-nodefaults", "-no-user-config", "-no-reboot",
         "-display", "none", "-vga", "none",
-        "-machine", machine, "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max",
+        "-machine", machine, "-accel", "tcg,thread=multi,tb-size=2047", "-cpu", "max",
         "-smp", str(cpus), "-m", memory,
         "-kernel", str(kernel), "-append", parameters,
         "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
