@@ -300,7 +300,7 @@ class PmemConfig(Struct):
         SWITCH, "keep what the guest writes from the file, until the VM ends", default=False
     )
     nvdimm: bool = field(
-        SWITCH, "an NVDIMM, described by ACPI, instead of a virtio-pmem device", default=False
+        SWITCH, "an NVDIMM that ACPI describes, instead of a device of virtio", default=False
     )
     iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
     id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_pmemN")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class FlushHint(PythonDevice):
     """Calls ``sync``, which raises OSError, on the vCPU's thread: what follows the store may rely on it.
 
-    There is no way to tell a guest that it failed. Rather than let it believe in what is not so, the VM stops.
+    There is no way to tell a guest that it failed. Rather than let it believe what is not so, the VM stops.
     """
 
     def __init__(self, name: str, sync: "Callable[[], None]") -> None:

@@ -175,9 +175,7 @@ class _Builder:
 
     def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
-        made = devices.make(
-            self.config, self.cleanup, self.virtio_console, self.loop, self.persistent
-        )
+        made = devices.make(self.config, self.cleanup, self.virtio_console, self.loop, self.persistent)
         self.devices = list(made)
         carrier = self._carrier(memory)
         for device in self.devices:

@@ -89,7 +89,7 @@ def persistent_ranges(ram_size: int, sizes: list[int], phys_bits: int) -> list[t
 
 
 def pci_mmio_64bit(ram_size: int, phys_bits: int, used_end: int = 0) -> tuple[int, int] | None:
-    """The (GPA, bytes) for 64-bit BARs: from above RAM, and ``used_end``, to the end of what a guest can address.
+    """The (GPA, bytes) for 64-bit BARs: above RAM and ``used_end``, to the end of what a guest can address.
 
     It starts at a multiple of 64 GiB or, in the small address spaces of some CPUs, at one of 4 GiB. None
     where RAM leaves no room at all.

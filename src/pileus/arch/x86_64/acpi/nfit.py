@@ -59,8 +59,8 @@ def _structures(nvdimm: Nvdimm) -> bytes:
     )
     mapping = pack("<IHHHH", nvdimm.handle, nvdimm.index, 0, number, number)
     mapping += pack("<QQQHHHH", nvdimm.size, 0, 0, 0, 1, 0, 0)
-    # Ids of vendor and subsystem and the DIMM's making are left out; no block windows, whose 48 bytes could be
-    # left out as well, but iasl wants them.
+    # Ids of vendor and subsystem and the DIMM's making are left out. There are no block windows; their 48
+    # bytes could be left out, too, but iasl wants them.
     control = pack("<H18xIHH48x", number, number, BYTE_ADDRESSABLE, 0)
     found = _structure(SPA_RANGE, spa) + _structure(REGION_MAPPING, mapping)
     found += _structure(CONTROL_REGION, control)
