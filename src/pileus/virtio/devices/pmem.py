@@ -28,8 +28,8 @@ class Pmem(VirtioDevice):
     """``size`` bytes at ``gpa``, mapped there by others. ``sync`` makes them durable or raises OSError.
 
     That takes the host's disk as long as it takes, so that it has a thread of its own, from the first request
-    on; one call serves all that were there when it began. No reset and no pause waits for it: what it has done
-    is then forgotten, and requests that were under way are served again on resume.
+    on; one call serves all that were there when it began. No reset and no pause waits for it: what it has
+    done is then forgotten, and requests that were under way are served again on resume.
     """
 
     id = ids.PMEM
