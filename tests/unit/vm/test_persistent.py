@@ -16,6 +16,7 @@ from pileus.memory import GuestMemory
 from pileus.virtio.devices.pmem import Pmem
 from pileus.vm import persistent
 from pileus.vm.builder import build
+from pileus.vm.vcpu import FAILURE, Event
 from pileus.vm.vm import Vm
 from tests.unit import tiny
 from tests.unit.vm.test_builder import IDLE, FailsAt, ignore
@@ -262,3 +263,23 @@ def test_each_step_that_fails_gives_everything_back(kvm: Kvm, config: VmConfig, 
     with pytest.raises(HostError):
         build(config, kvm, None, ignore, IDLE)
     assert tiny.held() == before
+
+
+@pytest.mark.usefixtures("complete_kvm")
+def test_a_guest_that_touches_what_was_cut_off_is_stopped_with_a_reason(kvm: Kvm, tmp_path: Path) -> None:
+    """Here of a file of --memory, which a kernel of a few bytes can reach.
+
+    A KVM that interprets such kernels takes missing memory for a device's.
+    """
+    events: list[Event] = []
+    code = tiny.SAY_A + tiny.COUNT + tiny.SPIN_BACK
+    vm = build(tiny.config(tmp_path, code, file=True), kvm, None, events.append, IDLE)
+    vm.start()
+    try:
+        tiny.wait_until(lambda: vm.memory.read(tiny.COUNTER, 1) != b"\0")
+        os.truncate(tmp_path / "ram", tiny.COUNTER)
+        tiny.wait_until(lambda: bool(events))
+    finally:
+        vm.close()
+    assert events[0].kind == FAILURE
+    assert "is a file of --pmem or --memory cut short" in events[0].text
