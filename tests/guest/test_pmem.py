@@ -128,7 +128,9 @@ def test_every_kernel_finds_both_kinds(start: StartGuest, folder: Path, tmp_path
     for number, fill in enumerate((b"\x11", b"\x22")):
         files.append(folder / f"file{number}")
         files[-1].write_bytes(fill * 4 * MIB)
-    script = f"{WAIT}until [ -b /dev/pmem1 ]; do usleep 20000; done; for disk in /dev/pmem?; do echo sum=$(sha256sum <$disk | cut -c 1-64); done"
+    script = f"""set -e{WAIT}{WAIT.replace("pmem0", "pmem1")}
+for disk in /dev/pmem?; do echo sum=$(sha256sum <$disk | cut -c 1-64); done
+"""
     guest: Guest = start(
         "--pmem", f"file={files[0]}", f"file={files[1]},nvdimm=on",
         do="script", cmdline=MODULES, kernel=kernel,
