@@ -42,6 +42,7 @@ GUEST_WORKERS = 2
 # Unit tests that skip themselves, in part, where the host's KVM cannot run stock kernels.
 NEED_COMPLETE_KVM = [
     "tests/unit/kvm",
+    "tests/unit/vm/test_persistent.py::test_a_guest_that_touches_what_was_cut_off_is_stopped_with_a_reason",
     "tests/unit/vmm/test_vmm.py::test_a_triple_fault_is_told_and_resets",
 ]
 

@@ -36,6 +36,7 @@ GROUPS = {
     "Devices": (
         Option("--disk", "vm.disks", LIST),
         Option("--net", "vm.net", LIST),
+        Option("--pmem", "vm.pmem", LIST),
         Option("--rng", "vm.rng"),
         Option("--fs", "vm.fs", LIST),
         Option("--vhost-user-net", "vm.vhost_user_net", LIST),

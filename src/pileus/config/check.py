@@ -30,6 +30,8 @@ PAGE_SIZE = 4 * KIB
 STDERR = 2
 SOCKET_PATH_LIMIT = 107 - len("_4294967295")  # bytes: what sun_path holds, less the longest port
 HUGE_PAGE_SIZES = (2 * MIB, GIB)  # what x86 has
+PMEM_UNIT = 2 * MIB  # guests map persistent memory in huge pages
+MAX_PMEM = 32
 
 
 def check(config: "VmmConfig") -> None:
@@ -262,6 +264,19 @@ def _vsock(vm: "VmConfig") -> None:
         raise _at_odds("--vsock", vsock, ("id",), "another device has this id already")
 
 
+def _persistent_memory(vm: "VmConfig") -> None:
+    if len(vm.pmem) > MAX_PMEM:
+        raise ConfigError("--pmem", f"({len(vm.pmem)} of them)", f"at most {MAX_PMEM} are possible")
+    ids = [*(disk.id for disk in vm.disks), *(net.id for net in vm.net), vm.vsock and vm.vsock.id]
+    for index, pmem in enumerate(vm.pmem):
+        if pmem.size is not None and (pmem.size == 0 or pmem.size % PMEM_UNIT):
+            raise _at_odds("--pmem", pmem, ("size",), f"size is a multiple of {format_size(PMEM_UNIT)}")
+        if pmem.nvdimm and pmem.iommu:
+            raise _at_odds("--pmem", pmem, ("nvdimm", "iommu"), "an NVDIMM is no device behind an IOMMU")
+        if pmem.id is not None and pmem.id in [*ids, *(other.id for other in vm.pmem[:index])]:
+            raise _at_odds("--pmem", pmem, ("id",), "another device has this id already")
+
+
 def _page_size(memory: "MemoryConfig") -> int:
     """What the size is a multiple of: the least huge page where the host will choose."""
     return (memory.hugepage_size or HUGE_PAGE_SIZES[0]) if memory.hugepages else PAGE_SIZE
@@ -287,4 +302,5 @@ RULES = (
     _shared_directories,
     _sockets,
     _vsock,
+    _persistent_memory,
 )

@@ -289,6 +289,23 @@ class VsockConfig(Struct):
     iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
 
 
+class PmemConfig(Struct):
+    """Persistent memory: a file of the host that the guest has in its address space."""
+
+    file: str = field(PATH, "file or block device, or a directory for a file without a name")
+    size: int | None = field(
+        SIZE, "how much of it, a multiple of 2M", default=None, default_help="all of the file"
+    )
+    discard_writes: bool = field(
+        SWITCH, "keep what the guest writes from the file, until the VM ends", default=False
+    )
+    nvdimm: bool = field(
+        SWITCH, "an NVDIMM that ACPI describes, instead of a device of virtio", default=False
+    )
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+    id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_pmemN")
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
@@ -318,6 +335,7 @@ class VmConfig(Struct):
         Many(VhostUserBlkConfig), "disks of vhost-user back-ends", factory=lambda _: []
     )
     vsock: VsockConfig | None = field(Nested(VsockConfig), "sockets between guest and host", default=None)
+    pmem: list[PmemConfig] = field(Many(PmemConfig), "persistent memory", factory=lambda _: [])
 
     @property
     def has_backends(self) -> bool:

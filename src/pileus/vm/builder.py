@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pileus.virtio.device import VirtioDevice
     from pileus.vm.mmio_devices import MmioDevices
     from pileus.vm.pci_devices import PciDevices
+    from pileus.vm.persistent import PersistentMemory
     from pileus.vm.vm import Loop
 
     Carrier = MmioDevices | PciDevices
@@ -100,6 +101,7 @@ class _Builder:
         self._add_irqchip(long_apic_ids)
         self._add_devices()
         vcpus = self._add_vcpus(topology, long_apic_ids)
+        self.persistent = self._add_persistent_memory(memory)
         carrier = self._add_virtio_devices(memory)
         self._load(memory, vcpus[0], topology, carrier)
         affinity = self.config.cpus.affinity or {}
@@ -116,6 +118,13 @@ class _Builder:
         for slot, (gpa, region) in enumerate(memory.regions):
             self.vm.set_memory(slot, gpa, region.size, region.hva)
         return memory
+
+    def _add_persistent_memory(self, memory: GuestMemory) -> "list[PersistentMemory]":
+        if not self.config.pmem:
+            return []
+        from pileus.vm import persistent
+
+        return persistent.add(self.config, memory, self.vm, self.mmio, self.phys_bits, self.cleanup)
 
     def _add_irqchip(self, long_apic_ids: bool) -> None:
         """All controllers in the kernel. A timer chip is needed only where the local APIC's is not enough."""
@@ -166,7 +175,7 @@ class _Builder:
 
     def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
-        made = devices.make(self.config, self.cleanup, self.virtio_console, self.loop)
+        made = devices.make(self.config, self.cleanup, self.virtio_console, self.loop, self.persistent)
         self.devices = list(made)
         carrier = self._carrier(memory)
         for device in self.devices:
@@ -182,7 +191,8 @@ class _Builder:
             return MmioDevices(self.vm, self.mmio, memory, self.cleanup)
         from pileus.vm.pci_devices import PciDevices
 
-        above_4g = layout.pci_mmio_64bit(self.config.memory.size, self.phys_bits)
+        used_end = max((each.gpa + each.size for each in self.persistent), default=0)
+        above_4g = layout.pci_mmio_64bit(self.config.memory.size, self.phys_bits, used_end)
         return PciDevices(self.vm, self.ports, self.mmio, memory, above_4g, self.cleanup)
 
     def _serve(self, device: "VirtioDevice", index: int) -> None:
@@ -239,6 +249,11 @@ class _Builder:
             devices=carrier.aml,
             mmconfig=carrier.mmconfig,
         )
+        if nvdimms := [each.nvdimm for each in self.persistent if each.nvdimm is not None]:
+            from pileus.arch.x86_64.acpi import nfit
+
+            machine.devices = [*machine.devices, nfit.root_device(nvdimms)]
+            machine.tables = [*machine.tables, nfit.table(nvdimms)]
         for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]) + reset_vector.build():
             memory.write(gpa, table)
         pvh = entry.protocol == PVH

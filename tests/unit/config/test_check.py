@@ -17,6 +17,7 @@ from pileus.config.model import (
     MemoryConfig,
     NetConfig,
     PayloadConfig,
+    PmemConfig,
     SerialConfig,
     VhostUserBlkConfig,
     VhostUserNetConfig,
@@ -50,6 +51,8 @@ GOOD = [
     VmConfig(fs=[FsConfig(tag="a", sock="/s", cache_size=GIB)]),
     VmConfig(vhost_user_net=[VhostUserNetConfig(sock="/s")], vhost_user_blk=[VhostUserBlkConfig(sock="/t")]),
     VmConfig(vsock=VsockConfig(cid=3, socket="/" + 95 * "s")),
+    VmConfig(pmem=[PmemConfig(file="/p"), PmemConfig(file="/tmp", size=2 * MIB, nvdimm=True, id="a")]),
+    VmConfig(pmem=[PmemConfig(file="/p", discard_writes=True), PmemConfig(file="/p", discard_writes=True)]),
 ]
 MAC = "2e:00:00:00:00:01"
 BAD = {
@@ -176,6 +179,17 @@ BAD = {
     ),
     "--vsock id=a: another device has this id already": VmConfig(
         net=[NetConfig(id="a")], vsock=VsockConfig(cid=3, socket="/s", id="a")
+    ),
+    "--pmem size=0: size is a multiple of 2M": VmConfig(pmem=[PmemConfig(file="/p", size=0)]),
+    "--pmem size=3M: size is a multiple of 2M": VmConfig(pmem=[PmemConfig(file="/p", size=3 * MIB)]),
+    "--pmem nvdimm=on,iommu=on: an NVDIMM is no device behind an IOMMU": VmConfig(
+        pmem=[PmemConfig(file="/p", nvdimm=True, iommu=True)]
+    ),
+    "--pmem id=a: another device has this id already": VmConfig(
+        pmem=[PmemConfig(file="/p", id="a"), PmemConfig(file="/q", id="a")]
+    ),
+    "--pmem (33 of them): at most 32 are possible": VmConfig(
+        pmem=[PmemConfig(file=f"/p{number}") for number in range(33)]
     ),
 }
 

@@ -16,6 +16,7 @@ from pileus.config.model import (
     FsConfig,
     MemoryConfig,
     NetConfig,
+    PmemConfig,
     RngConfig,
     SerialConfig,
     VhostUserBlkConfig,
@@ -38,6 +39,7 @@ STRUCTS = [
     FsConfig,
     VhostUserNetConfig,
     VhostUserBlkConfig,
+    PmemConfig,
     VsockConfig,
     ApiSocketConfig,
 ]

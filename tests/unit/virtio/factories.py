@@ -17,6 +17,7 @@ from pileus.virtio.devices.balloon import Balloon
 from pileus.virtio.devices.blk import open_disk
 from pileus.virtio.devices.console import ConsoleDevice
 from pileus.virtio.devices.net import open_net
+from pileus.virtio.devices.pmem import Pmem
 from pileus.virtio.devices.rng import FileSource, Rng
 from tests.unit.net.namespace import Namespace
 
@@ -83,6 +84,11 @@ def disk(**more: object) -> "Factory":
     return make
 
 
+@contextmanager
+def pmem() -> Iterator[VirtioDevice]:
+    yield Pmem("pmem0", 1 << 33, 2 << 20, lambda: None)
+
+
 Factory = Callable[[], AbstractContextManager[VirtioDevice]]
 
 FACTORIES: dict[str, Factory] = {
@@ -95,5 +101,6 @@ FACTORIES: dict[str, Factory] = {
     "net": net,
     "disk": disk(),
     "disk of four queues": disk(num_queues=4),
+    "pmem": pmem,
     "read-only disk": disk(readonly=True),
 }

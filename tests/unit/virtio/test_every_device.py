@@ -263,6 +263,7 @@ def usable_request(driver: FakeDriver) -> tuple[int, list[bytes], list[int]]:
         "ConsoleDevice": (1, [b"words"], []),
         "Balloon": (0, [bytes([64, 0, 0, 0])], []),
         "Blk": (0, [bytes(16)], [512, 1]),  # read sector 0
+        "Pmem": (0, [bytes(4)], [4]),  # flush
     }
     return known[type(driver.device).__name__]
 
