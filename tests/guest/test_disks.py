@@ -184,6 +184,7 @@ umount /mnt
     subprocess.run(["/sbin/e2fsck", "-f", "-n", str(image)], check=True, capture_output=True)
 
 
+@pytest.mark.long
 @pytest.mark.needs("--net")
 def test_eight_vcpus_hammer_four_disks_for_a_minute_and_read_what_they_wrote(
     debian: StartSystem, folder: Path
