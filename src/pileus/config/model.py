@@ -345,6 +345,13 @@ class ApiSocketConfig(Struct):
         return self.path or f"{folder}/pileus.{os.getpid()}"
 
 
+class EventMonitorConfig(Struct):
+    """Where events are written to, as JSON."""
+
+    path: str | None = field(PATH, "file, emptied first, or FIFO", default=None)
+    fd: int | None = field(FD, "number of an inherited descriptor", default=None)
+
+
 class VmmConfig(Struct):
     """The whole of a pileus process."""
 
@@ -353,6 +360,9 @@ class VmmConfig(Struct):
         Nested(ApiSocketConfig),
         "where the HTTP API listens; without --kernel it always does",
         default=None,
+    )
+    event_monitor: EventMonitorConfig | None = field(
+        Nested(EventMonitorConfig), "what tells of events", default=None
     )
     seccomp: str = field(
         Choice("true", "false", "log", "errno"),

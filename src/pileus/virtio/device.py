@@ -50,6 +50,7 @@ class VirtioDevice:
         self.failed = False  # the driver broke a rule, and nothing is served until its reset
         self.changed: Callable[[], None] = _nothing  # the transport's: interrupts for a new configuration
         self.broke: Callable[[], None] = _nothing  # the transport's: sets NEEDS_RESET
+        self.noticed: Callable[[str], None] = _nothing_of  # the VMM's: hears of its life, in a word
 
     # -- what a device overrides ------------------------------------------------------------------
 
@@ -149,4 +150,8 @@ class VirtioDevice:
 
 
 def _nothing() -> None:
+    pass
+
+
+def _nothing_of(_: str) -> None:
     pass

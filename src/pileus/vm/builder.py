@@ -52,17 +52,19 @@ def build(
     virtio_console: "Console | None" = None,
     *,
     events: bool = False,
+    notice: "Callable[[str, str], None] | None" = None,
 ) -> Vm:
     """A VM ready to start; nothing of it is left if this raises (PileusError).
 
     ``console`` is the far end of the serial port, None for no serial port; likewise ``virtio_console``.
     ``report`` gets what the guest does to the VM as a whole, on a vCPU's thread. ``loop`` serves the devices
     written in Python. With ``events`` the guest has a power button; it costs a pin of the IOAPIC, and so a
-    line of the guest's /proc/interrupts, where release 0.3 had none.
+    line of the guest's /proc/interrupts, where release 0.3 had none. ``notice`` hears of a device, by its
+    name, in a word: activated, reset, backend-lost, backend-back; on any thread.
     """
     cleanup = Cleanup()
     try:
-        return _Builder(config, kvm, console, virtio_console, report, loop, cleanup, events).build()
+        return _Builder(config, kvm, console, virtio_console, report, loop, cleanup, events, notice).build()
     except BaseException:
         cleanup.close()
         raise
@@ -79,6 +81,7 @@ class _Builder:
         loop: "Loop",
         cleanup: Cleanup,
         events: bool,
+        notice: "Callable[[str, str], None] | None",
     ) -> None:
         self.config = config
         self.kvm = kvm
@@ -88,6 +91,7 @@ class _Builder:
         self.loop = loop
         self.cleanup = cleanup
         self.events = events
+        self.notice = notice
         self.ged: Ged | None = None
         self.ports = Bus("ports")
         self.mmio = Bus("mmio")
@@ -170,6 +174,8 @@ class _Builder:
         self.devices = list(made)
         carrier = self._carrier(memory)
         for device in self.devices:
+            if (notice := self.notice) is not None:
+                device.noticed = lambda what, name=device.name: notice(name, what)  # type: ignore[misc]
             carrier.add(device)
             for index in device.python_queues:
                 self._serve(device, index)

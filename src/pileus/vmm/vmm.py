@@ -16,11 +16,15 @@ from pileus.vmm.loop import READABLE, Loop
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from pileus.cleanup import Closeable
-    from pileus.config.model import SerialConfig, VmConfig
+    from pileus.config.model import EventMonitorConfig, SerialConfig, VmConfig
     from pileus.vm.vm import Vm
     from pileus.vmm.control import Control
+    from pileus.vmm.events import EventMonitor
+
+    Tell = Callable[[str, str, dict[str, Any] | None], None]
 
 SIGHUP, SIGINT, SIGQUIT, SIGTERM = 1, 2, 3, 15  # <signal.h>; importing ``signal`` costs a start 4 ms
 ENDING_SIGNALS = {SIGHUP: "SIGHUP", SIGINT: "SIGINT", SIGQUIT: "SIGQUIT", SIGTERM: "SIGTERM"}
@@ -42,10 +46,12 @@ class Vmm:
     """Leads one VM at a time through its life. ``close`` leaves nothing behind, however far things got.
 
     The methods that ``lifecycle`` knows are what the command line and the API ask for. Each raises
-    PileusError, StateError among them, and has changed nothing then.
+    PileusError, StateError among them, and has changed nothing then. ``tell`` gets source, name and
+    properties of what happens, on any thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: "Tell | None" = None) -> None:
+        self._tell = tell or _nobody
         self.loop = Loop()
         self.status = 0  # the process's exit status
         self.is_served = False  # to clients, who may press the power button
@@ -62,11 +68,15 @@ class Vmm:
         self._state = NONE
         self._config: VmConfig | None = None
         self._vm: Vm | None = None
+        self._crash_told = False
 
     def close(self) -> None:
+        was_on = self._vm is not None
         try:
             self._end_vm()
         finally:
+            if was_on:
+                self._told("shutdown")
             try:
                 self._ends.close()
             finally:
@@ -89,6 +99,7 @@ class Vmm:
         assert self._config is not None
         if self._config.payload.kernel is None:
             raise ConfigError("--kernel", "is missing", "a VM needs one to boot")
+        self._told("booting")
         try:
             self._open_ends(self._config)
             self._build()
@@ -96,18 +107,23 @@ class Vmm:
             self._close_ends()
             raise
         self._enter(after)
+        self._told("booted")
 
     def pause(self) -> None:
         """Stop vCPUs and devices; nobody touches guest memory once this returns."""
         after = step(self._state, "pause")
+        self._told("pausing")
         self._running().pause()
         self._enter(after)
+        self._told("paused")
 
     def resume(self) -> None:
         """Let them go on."""
         after = step(self._state, "resume")
+        self._told("resuming")
         self._running().resume()
         self._enter(after)
+        self._told("resumed")
 
     def shutdown(self) -> None:
         """End the VM without asking the guest; its configuration stays."""
@@ -118,12 +134,15 @@ class Vmm:
         after = step(self._state, "reboot")
         self._rebuild()
         self._enter(after)
+        self._told("rebooted")
 
     def delete(self) -> None:
         """End the VM, if there is one, and forget its configuration."""
-        after = step(self._state, "delete")
+        before, after = self._state, step(self._state, "delete")
         self._config = None
         self._turn_off(after)
+        if before != NONE:
+            self._told("deleted")
 
     def press_power_button(self) -> None:
         step(self._state, "press the power button of")
@@ -143,6 +162,13 @@ class Vmm:
         self.loop.stop()
 
     # -- how ---------------------------------------------------------------------------------------
+
+    def _told(self, event: str) -> None:
+        """The VM's life, for who listens; what a call led to is told once it can be seen."""
+        self._tell("vm", event, None)
+
+    def _noticed(self, device: str, what: str) -> None:
+        self._tell("virtio-device", what, {"id": device})
 
     def _running(self) -> "Vm":
         assert self._vm is not None
@@ -188,6 +214,7 @@ class Vmm:
         assert self._kvm is not None
         assert self._config is not None
         vm: Vm | None = None
+        self._crash_told = False
         untold: set[str] = (
             set()
         )  # kinds of events on their way: a guest may repeat itself faster than we listen
@@ -209,6 +236,7 @@ class Vmm:
             self.loop,
             self._console,
             events=self.is_served,
+            notice=None if self._tell is _nobody else self._noticed,
         )
         self._vm = vm
         try:
@@ -219,6 +247,7 @@ class Vmm:
 
     def _rebuild(self) -> None:
         """A new VM from the same configuration, once the old one is gone; consoles stay open."""
+        self._told("rebooting")
         self._end_vm()
         try:
             for console in self._consoles():
@@ -227,14 +256,18 @@ class Vmm:
         except BaseException:
             self._close_ends()
             self._enter(SHUTDOWN)
+            self._told("shutdown")
             raise
 
     def _turn_off(self, state: str) -> None:
+        was_on = self._vm is not None
         try:
             self._end_vm()
         finally:
             self._close_ends()
             self._enter(state)
+            if was_on:
+                self._told("shutdown")
 
     def _end_vm(self) -> None:
         if (vm := self._vm) is not None:
@@ -265,6 +298,9 @@ class Vmm:
 
     def _crashed(self, event: Event) -> None:
         log.limited(log.ERROR, f"the guest reported a panic, {event.text}")
+        if not self._crash_told:  # one that says so again and again says nothing new
+            self._crash_told = True
+            self._tell("guest", "panic", {"reason": event.text})
 
     def _failed(self, event: Event) -> None:
         log.error(event.text)
@@ -281,6 +317,7 @@ class Vmm:
             log.error(str(error))
             return
         self._enter(RUNNING)  # also one that was paused just before we heard of it
+        self._told("rebooted")
 
     def _ended(self, status: int) -> None:
         """The VM is off, and with it the process, unless that waits for another VM."""
@@ -315,6 +352,10 @@ EVENTS = {
 }
 
 
+def _nobody(_source: str, _event: str, _properties: "dict[str, Any] | None") -> None:
+    pass
+
+
 def _plain_lines() -> None:
     log.newline = "\n"
 
@@ -327,7 +368,26 @@ def run(config: VmmConfig, serve: "Callable[[Control], Closeable] | None" = None
     check_host()
     if config.vm is None and serve is None:
         raise ConfigError("--kernel", "is missing", "without --api-socket, a VM needs one")
-    vmm = Vmm()
+    monitor = None if config.event_monitor is None else _monitor(config.event_monitor)
+    try:
+        return _run(config, serve, monitor)
+    finally:
+        if monitor is not None:
+            monitor.close()
+
+
+def _monitor(config: "EventMonitorConfig") -> "EventMonitor":
+    from pileus.vmm.events import EventMonitor
+
+    return EventMonitor(config)
+
+
+def _run(
+    config: VmmConfig, serve: "Callable[[Control], Closeable] | None", monitor: "EventMonitor | None"
+) -> int:
+    tell = monitor or _nobody
+    tell("vmm", "starting", None)
+    vmm = Vmm(tell)
     api: Closeable | None = None
     try:
         if serve is not None:
@@ -346,5 +406,8 @@ def run(config: VmmConfig, serve: "Callable[[Control], Closeable] | None" = None
             if api is not None:
                 api.close()  # while the loop still takes what its clients ask for
         finally:
-            vmm.close()
+            try:
+                vmm.close()
+            finally:
+                tell("vmm", "shutdown", None)
     return vmm.status

@@ -13,6 +13,7 @@ from pileus.config.model import (
     ConsoleConfig,
     CpusConfig,
     DiskConfig,
+    EventMonitorConfig,
     FsConfig,
     MemoryConfig,
     NetConfig,
@@ -40,6 +41,7 @@ STRUCTS = [
     VhostUserBlkConfig,
     VsockConfig,
     ApiSocketConfig,
+    EventMonitorConfig,
 ]
 
 
