@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from pileus.errors import ApiError as ApiError
     from pileus.errors import PileusError as PileusError
     from pileus.sdk.client import Client as Client
+    from pileus.sdk.vm import VirtualMachine as VirtualMachine
 
 _HOMES = {
     "ApiError": "pileus.errors",
     "Client": "pileus.sdk.client",
     "PileusError": "pileus.errors",
+    "VirtualMachine": "pileus.sdk.vm",
 }
 
 

@@ -12,9 +12,9 @@ LEAVES = {"errors", "log", "cleanup", "config", "listener", "_posix"}  # anyone 
 ARROWS = {  # room -> the rooms it may import, besides itself and the leaves
     "__init__": {"sdk"},  # names that are resolved on first use
     "cli": {"api", "vmm", "sdk"},
-    "sdk": {"api", "vmm", "net"},
+    "sdk": {"api", "vmm", "net", "kvm", "virtio.device"},
     "api": {"vmm"},
-    "vmm": {"vm", "console", "kvm"},
+    "vmm": {"vm", "console", "kvm", "virtio.device"},
     "vm": {
         "arch",
         "boot",

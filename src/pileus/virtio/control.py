@@ -31,11 +31,11 @@ class Control:
     """
 
     def __init__(self, device: "VirtioDevice", memory: "GuestMemory") -> None:
-        self.device = device
+        self.device: VirtioDevice = device
         self.memory = memory
         self.device_features_select = 0
         self.driver_features_select = 0
-        self.queue_select = 0
+        self.queue_select: int = 0
         self.interrupt: Callable[[], None] = lambda: None
         self.forget: Callable[[], None] = lambda: None
         self._accepted = 0

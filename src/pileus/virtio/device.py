@@ -39,9 +39,9 @@ class VirtioDevice:
     def __init__(self, name: str) -> None:
         self.name = name
         self.lock = _thread.RLock()
-        self.queues = [Queue(size) for size in self.queue_sizes]
+        self.queues: list[Queue] = [Queue(size) for size in self.queue_sizes]
         self.config = b""  # device-specific configuration, as the driver reads it
-        self.config_generation = 0
+        self.config_generation: int = 0
         self.driver_features = 0  # what was negotiated, once the driver said FEATURES_OK
         self.memory: GuestMemory | None = None  # while active
         self.behind_iommu = False

@@ -27,7 +27,7 @@ from pileus.vm.vm import Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pileus.config.model import CpusConfig, VmConfig
     from pileus.console import Console
@@ -53,6 +53,7 @@ def build(
     *,
     events: bool = False,
     notice: "Callable[[str, str], None] | None" = None,
+    more: "Sequence[Callable[[], VirtioDevice]]" = (),
 ) -> Vm:
     """A VM ready to start; nothing of it is left if this raises (PileusError).
 
@@ -60,11 +61,14 @@ def build(
     ``report`` gets what the guest does to the VM as a whole, on a vCPU's thread. ``loop`` serves the devices
     written in Python. With ``events`` the guest has a power button; it costs a pin of the IOAPIC, and so a
     line of the guest's /proc/interrupts, where release 0.3 had none. ``notice`` hears of a device, by its
-    name, in a word: activated, reset, backend-lost, backend-back; on any thread.
+    name, in a word: activated, reset, backend-lost, backend-back; on any thread. ``more`` make devices beside
+    those of the configuration, in the slots after these.
     """
     cleanup = Cleanup()
     try:
-        return _Builder(config, kvm, console, virtio_console, report, loop, cleanup, events, notice).build()
+        return _Builder(
+            config, kvm, console, virtio_console, report, loop, cleanup, events, notice, more
+        ).build()
     except BaseException:
         cleanup.close()
         raise
@@ -82,6 +86,7 @@ class _Builder:
         cleanup: Cleanup,
         events: bool,
         notice: "Callable[[str, str], None] | None",
+        more: "Sequence[Callable[[], VirtioDevice]]",
     ) -> None:
         self.config = config
         self.kvm = kvm
@@ -92,6 +97,7 @@ class _Builder:
         self.cleanup = cleanup
         self.events = events
         self.notice = notice
+        self.more = more
         self.ged: Ged | None = None
         self.ports = Bus("ports")
         self.mmio = Bus("mmio")
@@ -171,7 +177,7 @@ class _Builder:
     def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
         made = devices.make(self.config, self.cleanup, self.virtio_console, self.loop)
-        self.devices = list(made)
+        self.devices = [*made, *(self.cleanup.own(make()) for make in self.more)]
         carrier = self._carrier(memory)
         for device in self.devices:
             if (notice := self.notice) is not None:

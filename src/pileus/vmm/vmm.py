@@ -15,11 +15,12 @@ from pileus.vmm.loop import READABLE, Loop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from pileus.cleanup import Closeable
     from pileus.config.model import EventMonitorConfig, SerialConfig, VmConfig
+    from pileus.virtio.device import VirtioDevice
     from pileus.vm.vm import Vm
     from pileus.vmm.control import Control
     from pileus.vmm.events import EventMonitor
@@ -47,20 +48,22 @@ class Vmm:
 
     The methods that ``lifecycle`` knows are what the command line and the API ask for. Each raises
     PileusError, StateError among them, and has changed nothing then. ``tell`` gets source, name and
-    properties of what happens, on any thread.
+    properties of what happens, on any thread. Without ``signals`` these are left to who owns the process.
     """
 
-    def __init__(self, tell: "Tell | None" = None) -> None:
+    def __init__(self, tell: "Tell | None" = None, *, signals: bool = True) -> None:
         self._tell = tell or _nobody
         self.loop = Loop()
         self.status = 0  # the process's exit status
         self.is_served = False  # to clients, who may press the power button
         self.outlives_vm = False  # a guest that powers off leaves the process to the next one
+        self.more_devices: Sequence[Callable[[], VirtioDevice]] = ()  # of programs that embed us
         self.view = View(NONE, None, {})
         self._cleanup = Cleanup()
         self._cleanup.own(self.loop)
-        self._signals = self._cleanup.own(SignalFd((*ENDING_SIGNALS, SIGWINCH)))
-        self.loop.watch(self._signals.fd, READABLE, lambda _: self._signalled())
+        if signals:
+            fd = self._cleanup.own(SignalFd((*ENDING_SIGNALS, SIGWINCH)))
+            self.loop.watch(fd.fd, READABLE, lambda _: self._signalled(fd.take()))
         self._kvm: Kvm | None = None
         self._ends = Cleanup()  # the host's ends of the VM, which outlive its reboots
         self._serial: Console | None = None
@@ -237,6 +240,7 @@ class Vmm:
             self._console,
             events=self.is_served,
             notice=None if self._tell is _nobody else self._noticed,
+            more=self.more_devices,
         )
         self._vm = vm
         try:
@@ -329,8 +333,8 @@ class Vmm:
     def _consoles(self) -> list[Console]:
         return [console for console in (self._serial, self._console) if console is not None]
 
-    def _signalled(self) -> None:
-        for number in self._signals.take():
+    def _signalled(self, numbers: list[int]) -> None:
+        for number in numbers:
             if number == SIGWINCH:
                 for console in self._consoles():
                     console.resized()
@@ -360,17 +364,20 @@ def _plain_lines() -> None:
     log.newline = "\n"
 
 
-def run(config: VmmConfig, serve: "Callable[[Control], Closeable] | None" = None) -> int:
+def run(
+    config: VmmConfig, serve: "Callable[[Control], Closeable] | None" = None, *, signals: bool = True
+) -> int:
     """Run the VM of ``config`` to its end; returns the exit status. Raises PileusError.
 
-    ``serve`` opens an API, by which other VMs may come and go; without a VM to begin with, it is needed.
+    ``serve`` opens an API, by which other VMs may come and go; without a VM to begin with, it is needed. A
+    process that has other work than this VMM keeps its ``signals`` to itself.
     """
     check_host()
     if config.vm is None and serve is None:
         raise ConfigError("--kernel", "is missing", "without --api-socket, a VM needs one")
     monitor = None if config.event_monitor is None else _monitor(config.event_monitor)
     try:
-        return _run(config, serve, monitor)
+        return _run(config, serve, monitor, signals)
     finally:
         if monitor is not None:
             monitor.close()
@@ -383,11 +390,14 @@ def _monitor(config: "EventMonitorConfig") -> "EventMonitor":
 
 
 def _run(
-    config: VmmConfig, serve: "Callable[[Control], Closeable] | None", monitor: "EventMonitor | None"
+    config: VmmConfig,
+    serve: "Callable[[Control], Closeable] | None",
+    monitor: "EventMonitor | None",
+    signals: bool,
 ) -> int:
     tell = monitor or _nobody
     tell("vmm", "starting", None)
-    vmm = Vmm(tell)
+    vmm = Vmm(tell, signals=signals)
     api: Closeable | None = None
     try:
         if serve is not None:
