@@ -26,7 +26,7 @@ PACKAGES = {
     "system": ["mmdebstrap", "e2fsprogs", "openssh-client", "xfsprogs"],
     # Version 10 of QEMU: with 7.2 as the outer emulator 3 nested guests of 20 crashed, with 10.0 none of 53.
     "nested": ["qemu-system-x86>=10", "kmod", "busybox-static", "xz-utils", "zstd", "lz4"],
-    "test": ["acpica-tools", "git", "iperf3", "iproute2", "iputils-ping", "qemu-utils>=10", "socat"],
+    "test": ["acpica-tools", "gdb", "git", "iperf3", "iproute2", "iputils-ping", "qemu-utils>=10", "socat"],
     "bench": ["qemu-system-x86>=10", "qemu-utils>=10", "iproute2"],
 }
 NEEDS = {  # a goal and the goals it rests on
@@ -43,6 +43,7 @@ TOOL_REQUIREMENTS = {
 }
 VENV_REQUIREMENTS = {
     "test": [
+        "drgn>=0.0.30",
         "pytest>=8,<9.2",  # with 9.2 xdist groups nothing (its issue 1386): shared guests would boot twice
         "pytest-xdist>=3",
         "hypothesis>=6.100",

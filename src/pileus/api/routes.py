@@ -11,7 +11,9 @@ import os
 from pileus import __version__
 from pileus.api import generations
 from pileus.api.http import Request, Response
+from pileus.config import wire
 from pileus.config.check import check_vm
+from pileus.config.model import CoredumpConfig
 from pileus.config.release import COMPATIBLE
 from pileus.errors import ConfigError, PileusError, StateError
 from pileus.vmm import control
@@ -173,11 +175,14 @@ def info(view: "View") -> "dict[str, Any]":
     config = generations.encode(view.config)
     for name, path in view.ptys.items():
         config[name]["file"] = path
+    operation = view.operation
+    under_way = operation and {"name": operation.name, "done": operation.done, "total": operation.total}
     return {
         "config": config,
         "state": view.state,
         "memory_actual_size": view.config.memory.size,
         "device_tree": None,
+        **({"operation": under_way} if under_way else {}),
     }
 
 
@@ -185,6 +190,10 @@ def _read_config(body: "Any") -> "Any":
     config = generations.decode(body)
     check_vm(config)
     return config
+
+
+def _read_coredump(body: "Any") -> "Any":
+    return wire.decode(CoredumpConfig, body).path
 
 
 def _openapi(_: Control) -> "dict[str, Any]":
@@ -232,6 +241,22 @@ ROUTES = (
         "vm.power-button",
         "Ask the guest to shut down, by its ACPI power button",
         act=Vmm.press_power_button,
+        errors=(404, 409),
+    ),
+    Route(
+        "PUT",
+        "vm.coredump",
+        "Write a core of the VM to a new file, an ELF that debuggers open; the answer comes at its end",
+        act=Vmm.coredump,
+        read=_read_coredump,
+        request="CoredumpConfig",
+        errors=(400, 404, 409),
+    ),
+    Route(
+        "PUT",
+        "vm.cancel",
+        "Give up the long operation that is under way, if there is one",
+        act=Vmm.cancel,
         errors=(404, 409),
     ),
     Route("PUT", "vm.nmi", "Send an NMI to each vCPU", act=Vmm.send_nmi, errors=(404, 409)),

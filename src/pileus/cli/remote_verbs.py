@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pileus.cli import remote_tables as tables
+from pileus.cli.remote_progress import Progress
 from pileus.errors import ConfigError, HostError
 from pileus.sdk.client import Client
 
@@ -34,6 +35,11 @@ def _get(call: str) -> Callable[[Client, Any], Any]:
 
 def _create(client: Client, path: str) -> None:
     client.create(_configuration(path))
+
+
+def _coredump(client: Client, path: str) -> None:
+    with Progress(client):
+        client.coredump(path.removeprefix("file://"))
 
 
 def _configuration(path: str) -> dict[str, Any]:
@@ -73,5 +79,13 @@ VERBS = (
     Verb("delete", "End the VM and forget its configuration", _put("vm.delete")),
     Verb("power-button", "Ask the guest to shut down", _put("vm.power-button")),
     Verb("nmi", "Send an NMI to each vCPU", _put("vm.nmi")),
+    Verb(
+        "coredump",
+        "Write a core of the VM, for gdb or drgn",
+        _coredump,
+        argument="FILE",
+        argument_help="a new file, by its path or as file:///path",
+    ),
+    Verb("cancel", "Give up the long operation that is under way", _put("vm.cancel")),
     Verb("shutdown-vmm", "Delete the VM and end pileus", _put("vmm.shutdown")),
 )

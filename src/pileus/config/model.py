@@ -10,6 +10,7 @@ from pileus.config.kinds import (
     Address,
     Choice,
     Count,
+    FileUrl,
     Interface,
     Mac,
     Many,
@@ -325,6 +326,12 @@ class VmConfig(Struct):
         if self.fs or self.vhost_user_net or self.vhost_user_blk:
             return True
         return any(disk.vhost_user for disk in self.disks) or any(net.vhost_user for net in self.net)
+
+
+class CoredumpConfig(Struct):
+    """Where a core of the VM goes."""
+
+    path: str = field(FileUrl(), "a new file", wire="destination_url")
 
 
 class ApiSocketConfig(Struct):

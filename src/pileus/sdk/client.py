@@ -27,12 +27,21 @@ class Ping(NamedTuple):
     features: list[str]
 
 
+class Operation(NamedTuple):
+    """What takes long: ``done`` of ``total`` bytes are."""
+
+    name: str
+    done: int
+    total: int
+
+
 class Info(NamedTuple):
     """What a VM is: ``config`` as JSON has it (docs/api.md), ``memory_actual_size`` in bytes."""
 
     state: str
     config: dict[str, Any]
     memory_actual_size: int
+    operation: Operation | None  # that is under way
 
 
 class Client:
@@ -80,7 +89,9 @@ class Client:
     def info(self) -> Info:
         """Configuration and state. ApiError 404: there is no VM."""
         body = _object(self.call("GET", "vm.info"))
-        return Info(body["state"], body["config"], body.get("memory_actual_size", 0))
+        under_way = body.get("operation")
+        operation = Operation(**under_way) if under_way else None
+        return Info(body["state"], body["config"], body.get("memory_actual_size", 0), operation)
 
     def pause(self) -> None:
         """Stop it; nobody touches its memory once this returns."""
@@ -114,12 +125,24 @@ class Client:
         """What the devices have counted, by their names."""
         return _object(self.call("GET", "vm.counters"))
 
+    def coredump(self, path: str | os.PathLike[str]) -> None:
+        """Write a core of the VM to a new file of the VMM's host; returns once it is written."""
+        body = {"destination_url": f"file://{os.path.abspath(os.fspath(path))}"}
+        self.call("PUT", "vm.coredump", body, patient=True)
+
+    def cancel(self) -> None:
+        """Give up the long operation that is under way, if there is one."""
+        self.call("PUT", "vm.cancel")
+
     # -- how ---------------------------------------------------------------------------------------
 
-    def call(self, method: str, name: str, body: Any = None) -> Any:
-        """Make the call ``name``, also one that has no method here; returns the answer's body, or None."""
+    def call(self, method: str, name: str, body: Any = None, *, patient: bool = False) -> Any:
+        """Make the call ``name``, also one that has no method here; returns the answer's body, or None.
+
+        ``patient``: it may take longer than ``timeout``.
+        """
         data = None if body is None else json.dumps(body).encode()
-        connection = _Connection(self.path, self.timeout)
+        connection = _Connection(self.path, None if patient else self.timeout)
         try:
             connection.request(method, ROOT + name, body=data)
             answer = connection.getresponse()

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from pileus.cleanup import Cleanup
 from pileus.config.model import VmConfig, VsockConfig
-from pileus.errors import ConfigError, HostError, StateError
+from pileus.errors import ApiError, ConfigError, HostError, StateError
 from pileus.kvm.probe import check_host
 from pileus.listener import Listener
 from pileus.sdk.client import Client, Info
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CID = 3  # of a guest that was given none; its own, so that all guests may have the same
 OFF = ("Shutdown", "Created")
+NO_VM = 404
 SHORT = 60  # bytes of a folder's path, so that sockets in it have short enough ones
 CHUNK = 1 << 16
 
@@ -174,6 +175,10 @@ class VirtualMachine:
         """What the devices have counted, by their names."""
         return self.client.counters()
 
+    def coredump(self, path: str | os.PathLike[str]) -> None:
+        """Write a core to a new file, for gdb or drgn; a VM that runs is paused meanwhile."""
+        self.client.coredump(path)
+
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the guest has powered off, or who else has ended the VM.
 
@@ -193,6 +198,10 @@ class VirtualMachine:
     def _is_on(self) -> bool:
         try:
             return self.state not in OFF
+        except ApiError as error:
+            if error.status != NO_VM:
+                raise
+            return False
         except HostError as error:
             raise HostError("ask", "the VM", self._fate() or str(error)) from error
 

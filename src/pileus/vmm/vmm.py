@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pileus.vm.vm import Vm
     from pileus.vmm.control import Control
     from pileus.vmm.events import EventMonitor
+    from pileus.vmm.operation import Operation
 
     Tell = Callable[[str, str, dict[str, Any] | None], None]
 
@@ -35,9 +36,16 @@ SIGWINCH = 28  # the terminal has another size
 class View:
     """What there is to tell of the VM at one moment; never changed, so that any thread may read it."""
 
-    __slots__ = ("config", "ptys", "state")
+    __slots__ = ("config", "operation", "ptys", "state")
 
-    def __init__(self, state: str, config: "VmConfig | None", ptys: dict[str, str]) -> None:
+    def __init__(
+        self,
+        state: str,
+        config: "VmConfig | None",
+        ptys: dict[str, str],
+        operation: "Operation | None" = None,
+    ) -> None:
+        self.operation = operation  # that is under way; only its progress changes
         self.state = state
         self.config = config
         self.ptys = ptys  # of "serial" and "console": the pty that each is, while there is one
@@ -72,6 +80,7 @@ class Vmm:
         self._config: VmConfig | None = None
         self._vm: Vm | None = None
         self._crash_told = False
+        self._operation: Operation | None = None
 
     def close(self) -> None:
         was_on = self._vm is not None
@@ -89,13 +98,13 @@ class Vmm:
 
     def create(self, config: "VmConfig") -> None:
         """Keep the configuration of a VM; nothing of the host is taken yet."""
-        after = step(self._state, "create")
+        after = self._step("create")
         self._config = config
         self._enter(after)
 
     def boot(self) -> None:
         """Open what the VM needs of the host, build it and let it run."""
-        after = step(self._state, "boot")
+        after = self._step("boot")
         if self._state == PAUSED:
             self.resume()
             return
@@ -114,7 +123,7 @@ class Vmm:
 
     def pause(self) -> None:
         """Stop vCPUs and devices; nobody touches guest memory once this returns."""
-        after = step(self._state, "pause")
+        after = self._step("pause")
         self._told("pausing")
         self._running().pause()
         self._enter(after)
@@ -122,7 +131,7 @@ class Vmm:
 
     def resume(self) -> None:
         """Let them go on."""
-        after = step(self._state, "resume")
+        after = self._step("resume")
         self._told("resuming")
         self._running().resume()
         self._enter(after)
@@ -130,34 +139,78 @@ class Vmm:
 
     def shutdown(self) -> None:
         """End the VM without asking the guest; its configuration stays."""
-        self._turn_off(step(self._state, "shutdown"))
+        self._turn_off(self._step("shutdown"))
 
     def reboot(self) -> None:
         """The same, and boot it again."""
-        after = step(self._state, "reboot")
+        after = self._step("reboot")
         self._rebuild()
         self._enter(after)
         self._told("rebooted")
 
     def delete(self) -> None:
         """End the VM, if there is one, and forget its configuration."""
-        before, after = self._state, step(self._state, "delete")
+        before, after = self._state, self._step("delete")
         self._config = None
         self._turn_off(after)
         if before != NONE:
             self._told("deleted")
 
     def press_power_button(self) -> None:
-        step(self._state, "press the power button of")
+        self._step("press the power button of")
         self._running().press_power_button()
 
     def send_nmi(self) -> None:
-        step(self._state, "send an NMI to")
+        self._step("send an NMI to")
         self._running().send_nmi()
 
     def counters(self) -> "dict[str, dict[str, int]]":
-        step(self._state, "read the counters of")
+        self._step("read the counters of")
         return self._running().counters()
+
+    def coredump(self, path: str) -> "Operation":
+        """Write a core of the VM to the new file ``path``; one that runs is paused meanwhile."""
+        from pileus.vmm.operation import Operation
+
+        self._step("dump the memory of")
+        vm, was_running = self._running(), self._state == RUNNING
+        if was_running:
+            self.pause()
+
+        def ended(error: Exception | None) -> None:
+            self._operation = None
+            if self._vm is not vm:
+                return  # it is on its way to another state
+            self._enter(self._state)
+            if error is None:
+                self._told("coredumped")
+            if was_running:
+                self._resume_or_tell()
+
+        try:
+            dump = vm.coredump(path)
+            operation = Operation("coredump", dump.size, self.loop, ended)
+            operation.start(dump.write)
+        except BaseException:
+            if was_running:
+                self.resume()
+            raise
+        self._operation = operation
+        self._enter(self._state)
+        self._told("coredumping")
+        return operation
+
+    def _resume_or_tell(self) -> None:
+        try:
+            self.resume()
+        except PileusError as error:
+            log.error(f"the VM stays paused after its coredump: {error}")
+
+    def cancel(self) -> None:
+        """Give up the long operation that is under way, if there is one."""
+        self._step("cancel an operation of")
+        if self._operation is not None:
+            self._operation.cancel()
 
     def finish(self, status: int = 0) -> None:
         """End the process once the present callback is over."""
@@ -173,6 +226,9 @@ class Vmm:
     def _noticed(self, device: str, what: str) -> None:
         self._tell("virtio-device", what, {"id": device})
 
+    def _step(self, event: str) -> str:
+        return step(self._state, event, self._operation.name if self._operation else "")
+
     def _running(self) -> "Vm":
         assert self._vm is not None
         return self._vm
@@ -185,7 +241,7 @@ class Vmm:
             for name, end in ends.items()
             if end is not None and end.path and getattr(self._config, name).mode == "pty"
         }
-        self.view = View(state, self._config, ptys)
+        self.view = View(state, self._config, ptys, self._operation)
 
     def _open_ends(self, config: "VmConfig") -> None:
         if self._kvm is None:
@@ -276,6 +332,8 @@ class Vmm:
     def _end_vm(self) -> None:
         if (vm := self._vm) is not None:
             self._vm = None
+            if self._operation is not None:
+                self._operation.cancel()  # it reads the memory
             vm.stop()
             for line in vm.usage():
                 log.info(line)

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import pileus
 from pileus.api.routes import ROUTES
 from pileus.config.model import CpusConfig, DiskConfig, PayloadConfig, VmConfig
 from pileus.errors import ApiError, HostError, RemoteProtocolError
-from pileus.sdk.client import Client
-from tests.unit.api.harness import Api
+from pileus.sdk.client import Client, Operation
+from tests.unit.api.harness import Api, FakeVm
+from tests.unit.tiny import wait_until
 
 CONFIG = VmConfig(payload=PayloadConfig(kernel="/k"), cpus=CpusConfig(boot=2), disks=[DiskConfig(path="/d")])
 LIFE = {
@@ -47,6 +49,36 @@ def test_a_life_by_methods(vmm: Client) -> None:
         vmm.info()
     assert caught.value.status == 404
     assert caught.value.sentences == [f"{caught.value}"]
+
+
+def test_a_core_is_written_and_its_progress_told(vmm: Client, fake_vms: list[FakeVm], tmp_path: Path) -> None:
+    vmm.create(CONFIG)
+    vmm.boot()
+    assert vmm.info().operation is None
+    fake_vms[0].waits = True
+    hasty = Client(vmm.path, timeout=0.2)
+    failures: list[BaseException] = []
+
+    def dump() -> None:
+        try:
+            hasty.coredump(tmp_path / "core")
+        except BaseException as error:
+            failures.append(error)
+
+    for ending in ("go", "cancel"):
+        thread = threading.Thread(target=dump)
+        thread.start()
+        wait_until(lambda: vmm.info().operation == Operation("coredump", 10, 100))
+        time.sleep(0.3)  # longer than this client waits for other calls
+        if ending == "go":
+            fake_vms[0].dumps[str(tmp_path / "core")].go.set()
+        else:
+            vmm.cancel()
+        thread.join()
+        assert vmm.info().operation is None
+    (cancelled,) = failures
+    assert isinstance(cancelled, ApiError)
+    assert str(cancelled) == "the coredump was cancelled."
 
 
 def test_each_call_of_the_api_has_a_method(vmm: Client) -> None:
