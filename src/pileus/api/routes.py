@@ -19,6 +19,7 @@ from pileus.errors import ConfigError, PileusError, StateError
 from pileus.vmm import control
 from pileus.vmm.control import Control, Outcome
 from pileus.vmm.lifecycle import NONE
+from pileus.vmm.operation import CancelledError
 from pileus.vmm.vmm import Vmm
 
 TYPE_CHECKING = False
@@ -141,6 +142,8 @@ def _tried(call: "Callable[[], Any]") -> Outcome:
 def _refusal(error: Exception) -> Response:
     if isinstance(error, StateError):
         status = 404 if error.state == NONE else 409
+    elif isinstance(error, CancelledError):
+        status = 409
     else:
         status = 400 if isinstance(error, ConfigError) else 500
     if not isinstance(error, PileusError):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 def lead(api_fd: int, events_fd: int, lifeline_fd: int, more: "More" = (), *, signals: bool) -> int:
     """Be the VMM until the lifeline ends; takes all three descriptors over. Returns the exit status."""
     api = ApiSocketConfig(fd=api_fd)
+    served: list[int] = []
 
     def begin(vmm: Vmm) -> None:
         vmm.more_devices = more
@@ -34,13 +35,17 @@ def lead(api_fd: int, events_fd: int, lifeline_fd: int, more: "More" = (), *, si
 
     def open_api(control: Control) -> "Closeable":
         control.submit(begin, lambda _: None)  # clients' calls queue up behind it
-        return serve(api, control)
+        server = serve(api, control)
+        served.append(api_fd)
+        return server
 
     try:
         config = VmmConfig(api_socket=api, event_monitor=EventMonitorConfig(fd=events_fd))
         return run(config, open_api, signals=signals)
     finally:
         os.close(lifeline_fd)
+        if not served:
+            os.close(api_fd)  # or clients would wait at it for ever
 
 
 def child(folder: str, *fds: str) -> None:

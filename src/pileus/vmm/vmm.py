@@ -430,9 +430,6 @@ def run(
     ``serve`` opens an API, by which other VMs may come and go; without a VM to begin with, it is needed. A
     process that has other work than this VMM keeps its ``signals`` to itself.
     """
-    check_host()
-    if config.vm is None and serve is None:
-        raise ConfigError("--kernel", "is missing", "without --api-socket, a VM needs one")
     monitor = None if config.event_monitor is None else _monitor(config.event_monitor)
     try:
         return _run(config, serve, monitor, signals)
@@ -453,6 +450,9 @@ def _run(
     monitor: "EventMonitor | None",
     signals: bool,
 ) -> int:
+    check_host()
+    if config.vm is None and serve is None:
+        raise ConfigError("--kernel", "is missing", "without --api-socket, a VM needs one")
     tell = monitor or _nobody
     tell("vmm", "starting", None)
     vmm = Vmm(tell, signals=signals)

@@ -85,7 +85,7 @@ def test_what_would_change_the_memory_has_to_wait(begin: Begin, client: Client, 
 def test_it_can_be_cancelled(begin: Begin, client: Client) -> None:
     dump = begin()
     assert client.put("vm.cancel") == 204
-    assert dump.wait() == (500, ["the coredump was cancelled."])
+    assert dump.wait() == (409, ["the coredump was cancelled."])
     assert state(client) == "Running"
     assert client.put("vm.cancel") == 204, "there is nothing to give up"
 
@@ -96,7 +96,7 @@ def test_it_can_be_cancelled(begin: Begin, client: Client) -> None:
 def test_the_end_of_the_vm_is_its_end(begin: Begin, client: Client, name: str, after: str | None) -> None:
     dump = begin()
     assert client.put(f"vm.{name}") == 204
-    assert dump.wait() == (500, ["the coredump was cancelled."])
+    assert dump.wait() == (409, ["the coredump was cancelled."])
     status, info = client.get("vm.info")
     assert (status == 404) if after is None else (info["state"] == after and "operation" not in info)
 
@@ -104,7 +104,7 @@ def test_the_end_of_the_vm_is_its_end(begin: Begin, client: Client, name: str, a
 def test_the_end_of_the_vmm_is_its_end(begin: Begin, client: Client) -> None:
     dump = begin()
     assert client.put("vmm.shutdown") == 204
-    assert dump.wait() == (500, ["the coredump was cancelled."])
+    assert dump.wait() == (409, ["the coredump was cancelled."])
 
 
 def test_one_that_fails_lets_the_vm_go_on(begin: Begin, client: Client) -> None:

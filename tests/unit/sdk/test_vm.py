@@ -19,6 +19,7 @@ from pileus.kvm.probe import OVERRIDE
 from pileus.sdk import vm as module
 from pileus.sdk.vm import VirtualMachine
 from pileus.virtio.devices.rng import Rng
+from pileus.vmm import vmm as vmm_module
 from tests.unit import tiny
 
 pytestmark = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm")
@@ -157,6 +158,21 @@ def test_a_host_that_cannot_is_told(new: NewVm, home: Path, monkeypatch: pytest.
     with pytest.raises(HostError, match="cannot use /dev/kvm: no"), new():
         pass
     assert left(home) == []
+
+
+def test_a_vmm_that_cannot_begin_is_told(new: NewVm, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a child that is its interpreter, which is no more."""
+
+    def refuse() -> None:
+        raise HostError("make", "a VMM", "no")
+
+    before = tiny.held()[:2]
+    monkeypatch.setattr(vmm_module, "check_host", refuse)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(HostError, match=r"cannot start the VM: cannot make a VMM: no|cannot start /nowhere"):
+        new().start()
+    assert left(home) == []
+    assert tiny.held()[:2] == before
 
 
 def test_nothing_can_be_asked_of_one_that_is_not_started(new: NewVm) -> None:
