@@ -15,7 +15,7 @@ from pileus.cli.completion import SHELLS
 from pileus.cli.remote import main
 from pileus.cli.remote_verbs import VERBS
 from tests.unit.api.conftest import api, fake_vms
-from tests.unit.api.harness import Api
+from tests.unit.api.harness import Api, FakeVm
 
 __all__ = ["api", "fake_vms"]
 COMMAND = [sys.executable, str(Path(__file__).parents[3] / "bin" / "pileus-remote")]
@@ -151,6 +151,25 @@ def test_on_a_terminal_an_answer_is_a_table_unless_json_is_asked_for(api: Api) -
     assert on_a_terminal("info", "--api-socket", path) == INFO
     assert client.put("vm.boot") == 204
     assert on_a_terminal("counters", "--api-socket", path) == COUNTERS
+
+
+def test_a_terminal_sees_how_far_a_core_is(api: Api, fake_vms: list[FakeVm], tmp_path: Path) -> None:
+    client = api.client()
+    assert client.put("vm.create", CONFIG) == 204
+    assert client.put("vm.boot") == 204
+    fake_vms[0].waits = True
+    ours, its = pty.openpty()
+    words = ["--api-socket", str(api.path), "coredump", f"{tmp_path}/core"]
+    process = subprocess.Popen([*COMMAND, *words], stderr=its, stdin=subprocess.DEVNULL)
+    os.close(its)
+    told = b""
+    while b"coredump, 10 % of 100" not in told:
+        told += os.read(ours, 4096)
+    assert "Under way     coredump, 10 % of 100\n" in on_a_terminal("--api-socket", str(api.path), "info")
+    fake_vms[0].dumps[f"{tmp_path}/core"].go.set()
+    assert process.wait(30) == 0
+    assert os.read(ours, 4096).endswith(b"\r\x1b[K"), "the line is gone again"
+    os.close(ours)
 
 
 INFO = """\
