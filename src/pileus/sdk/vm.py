@@ -78,7 +78,8 @@ class VirtualMachine:
         self._in_process = in_process
         self._devices = devices
         self._cleanup = Cleanup()
-        self._finalizer = weakref.finalize(self, self._cleanup.close)  # of one that nobody closed
+        self._owner = os.getpid()
+        weakref.finalize(self, _close, self._cleanup, self._owner)  # if nobody closes it
         self._host: ChildHost | ThreadHost | None = None
         self._client: Client | None = None
         self._vsock: Vsock | None = None
@@ -113,8 +114,8 @@ class VirtualMachine:
             raise
 
     def close(self) -> None:
-        """End VM and VMM, and remove all that they made. Harmless a second time."""
-        self._cleanup.close()
+        """End VM and VMM, and remove all that they made. Harmless a second time, and in a fork."""
+        _close(self._cleanup, self._owner)
         self._client = self._vsock = None
 
     # -- what can be asked of it ---------------------------------------------------------------------
@@ -238,6 +239,11 @@ class VirtualMachine:
     def _fate(self) -> str:
         """How the VMM ended, if it did."""
         return "" if self._host is None or self._host.is_alive else self._host.fate
+
+
+def _close(cleanup: Cleanup, owner: int) -> None:
+    if os.getpid() == owner:  # a fork that ends has no say
+        cleanup.close()
 
 
 def _new_folder() -> str:

@@ -1,5 +1,6 @@
 """VMs of programs, with kernels of a few bytes: in a child process and inside this one."""
 
+import fcntl
 import gc
 import os
 import signal
@@ -113,9 +114,10 @@ def test_the_power_button_asks(new: NewVm) -> None:
         vm.wait(PATIENCE)
 
 
-def test_a_thousand_events_do_not_hide_the_end(new: NewVm) -> None:
+def test_more_events_than_there_is_room_for_do_not_hide_the_end(new: NewVm) -> None:
     with new() as vm:
-        for _ in range(400):
+        fcntl.fcntl(vm._events_fd, fcntl.F_SETPIPE_SZ, 4096)
+        for _ in range(15):
             vm.pause()
             vm.resume()
         vm.shutdown()
@@ -253,7 +255,7 @@ def test_one_that_nobody_closed_goes_with_its_last_reference(new: NewVm, home: P
 
 def test_many_one_after_the_other_leave_nothing(new: NewVm, home: Path) -> None:
     held = []
-    for count in range(20):
+    for count in range(12):
         with new(tiny.POWER_OFF) as vm:
             vm.wait(PATIENCE)
         if count >= 5:
@@ -285,6 +287,30 @@ time.sleep(60)
     program.stdout.close()
     tiny.wait_until(lambda: not Path(f"/proc/{pid}").exists() or is_zombie(pid))
     tiny.wait_until(lambda: list(home.iterdir()) == [])
+
+
+def test_a_fork_of_the_program_that_ends_leaves_the_vm_alone(tmp_path: Path, home: Path) -> None:
+    (tmp_path / "kernel").write_bytes(tiny.elf(tiny.SPIN))
+    script = f"""
+import os, sys
+from pileus import VirtualMachine
+with VirtualMachine(kernel={str(tmp_path / "kernel")!r}, memory="16M") as vm:
+    fork = os.fork()
+    if fork == 0:
+        sys.exit(0)
+    os.waitpid(fork, 0)
+    print(vm.state)
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TMPDIR": str(home)},
+        check=True,
+        timeout=60,
+    )
+    assert told.stdout == "Running\n"
+    assert left(home) == []
 
 
 def is_zombie(pid: int) -> bool:
