@@ -105,7 +105,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _lint(_: list[str]) -> Outcome:
     tools = TOOLS / "bin"
-    sources = ["src", "tests", "scripts", "bench", "fuzz", "setup.py"]
+    sources = ["src", "tests", "scripts", "bench", "fuzz", "examples", "setup.py"]
     checks = [
         [str(tools / "ruff"), "check", "--quiet", *sources],
         [str(tools / "ruff"), "format", "--check", "--quiet", *sources],

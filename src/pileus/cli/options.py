@@ -50,6 +50,7 @@ GROUPS = {
     ),
     "This process": (
         Option("--api-socket", "api_socket"),
+        Option("--event-monitor", "event_monitor"),
         Option("--seccomp", "seccomp"),
         Option("--log-file", "log_file"),
         Option("-v", "verbosity", COUNT),

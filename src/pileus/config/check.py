@@ -39,6 +39,9 @@ def check(config: "VmmConfig") -> None:
     socket = config.api_socket
     if socket is not None and socket.path is not None and socket.fd is not None:
         raise _at_odds("--api-socket", socket, ("path", "fd"), "one of path and fd is enough")
+    monitor = config.event_monitor
+    if monitor is not None and (monitor.path is None) == (monitor.fd is None):
+        raise _at_odds("--event-monitor", monitor, ("path", "fd"), "one of path and fd is needed")
     if config.vm is not None:
         check_vm(config.vm)
 

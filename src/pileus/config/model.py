@@ -10,6 +10,7 @@ from pileus.config.kinds import (
     Address,
     Choice,
     Count,
+    FileUrl,
     Interface,
     Mac,
     Many,
@@ -345,6 +346,12 @@ class VmConfig(Struct):
         return any(disk.vhost_user for disk in self.disks) or any(net.vhost_user for net in self.net)
 
 
+class CoredumpConfig(Struct):
+    """Where a core of the VM goes."""
+
+    path: str = field(FileUrl(), "a new file", wire="destination_url")
+
+
 class ApiSocketConfig(Struct):
     """Where the API listens: at a path, or on a socket that listens already."""
 
@@ -363,6 +370,13 @@ class ApiSocketConfig(Struct):
         return self.path or f"{folder}/pileus.{os.getpid()}"
 
 
+class EventMonitorConfig(Struct):
+    """Where events are written to, as JSON."""
+
+    path: str | None = field(PATH, "file, emptied first, or FIFO", default=None)
+    fd: int | None = field(FD, "number of an inherited descriptor", default=None)
+
+
 class VmmConfig(Struct):
     """The whole of a pileus process."""
 
@@ -371,6 +385,9 @@ class VmmConfig(Struct):
         Nested(ApiSocketConfig),
         "where the HTTP API listens; without --kernel it always does",
         default=None,
+    )
+    event_monitor: EventMonitorConfig | None = field(
+        Nested(EventMonitorConfig), "what tells of events", default=None
     )
     seccomp: str = field(
         Choice("true", "false", "log", "errno"),

@@ -27,7 +27,7 @@ from pileus.vm.vm import Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pileus.config.model import CpusConfig, VmConfig
     from pileus.console import Console
@@ -53,17 +53,23 @@ def build(
     virtio_console: "Console | None" = None,
     *,
     events: bool = False,
+    notice: "Callable[[str, str], None] | None" = None,
+    more: "Sequence[Callable[[], VirtioDevice]]" = (),
 ) -> Vm:
     """A VM ready to start; nothing of it is left if this raises (PileusError).
 
     ``console`` is the far end of the serial port, None for no serial port; likewise ``virtio_console``.
     ``report`` gets what the guest does to the VM as a whole, on a vCPU's thread. ``loop`` serves the devices
     written in Python. With ``events`` the guest has a power button; it costs a pin of the IOAPIC, and so a
-    line of the guest's /proc/interrupts, where release 0.3 had none.
+    line of the guest's /proc/interrupts, where release 0.3 had none. ``notice`` hears of a device, by its
+    name, in a word: activated, reset, backend-lost, backend-back; on any thread. ``more`` make devices beside
+    those of the configuration, in the slots after these.
     """
     cleanup = Cleanup()
     try:
-        return _Builder(config, kvm, console, virtio_console, report, loop, cleanup, events).build()
+        return _Builder(
+            config, kvm, console, virtio_console, report, loop, cleanup, events, notice, more
+        ).build()
     except BaseException:
         cleanup.close()
         raise
@@ -80,6 +86,8 @@ class _Builder:
         loop: "Loop",
         cleanup: Cleanup,
         events: bool,
+        notice: "Callable[[str, str], None] | None",
+        more: "Sequence[Callable[[], VirtioDevice]]",
     ) -> None:
         self.config = config
         self.kvm = kvm
@@ -89,6 +97,8 @@ class _Builder:
         self.loop = loop
         self.cleanup = cleanup
         self.events = events
+        self.notice = notice
+        self.more = more
         self.ged: Ged | None = None
         self.ports = Bus("ports")
         self.mmio = Bus("mmio")
@@ -176,9 +186,11 @@ class _Builder:
     def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
         made = devices.make(self.config, self.cleanup, self.virtio_console, self.loop, self.persistent)
-        self.devices = list(made)
+        self.devices = [*made, *(self.cleanup.own(make()) for make in self.more)]
         carrier = self._carrier(memory)
         for device in self.devices:
+            if (notice := self.notice) is not None:
+                device.noticed = lambda what, name=device.name: notice(name, what)  # type: ignore[misc]
             carrier.add(device)
             for index in device.python_queues:
                 self._serve(device, index)

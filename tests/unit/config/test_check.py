@@ -1,6 +1,7 @@
 """Every rule across fields, with its sentence."""
 
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from pileus.config.model import (
     ConsoleConfig,
     CpusConfig,
     DiskConfig,
+    EventMonitorConfig,
     FsConfig,
     MemoryConfig,
     NetConfig,
@@ -210,6 +212,13 @@ def test_the_api_has_one_socket() -> None:
     with pytest.raises(ConfigError, match=r"^--api-socket path=/a,fd=3: one of path and fd is enough$"):
         check(VmmConfig(api_socket=ApiSocketConfig(path="/a", fd=3)))
     check(VmmConfig(api_socket=ApiSocketConfig(fd=0)))
+
+
+@pytest.mark.parametrize("given", [{}, {"path": "/a", "fd": 3}])
+def test_events_go_to_one_place(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"--event-monitor .*one of path and fd is needed"):
+        check(VmmConfig(event_monitor=EventMonitorConfig(**given)))
+    check(VmmConfig(event_monitor=EventMonitorConfig(path="/a")))
 
 
 @given(of_struct(CpusConfig), of_struct(MemoryConfig), of_struct(SerialConfig), of_struct(ConsoleConfig))
