@@ -123,8 +123,7 @@ def test_a_directory_is_shared(start: StartGuest, serve: Serve, tmp_path: Path, 
     (shared / "greeting").write_text("hello\n")
     command = [str(PROGRAMS / "virtiofsd"), "--socket-path", str(socket), "--shared-dir", str(shared)]
     serve([*command, "--sandbox", "none", "--seccomp", "none", "--log-level", "error"], socket)
-    cmdline = f"{LOADED} pileus.modules=virtiofs"
-    guest: Guest = start("--fs", f"tag=shared,socket={socket}", "--pci", pci, do="shell", cmdline=cmdline)
+    guest: Guest = start("--fs", f"tag=shared,socket={socket}", "--pci", pci, do="shell", cmdline=LOADED)
     guest.shell()
     guest.run("mkdir /mnt; mount -t virtiofs shared /mnt")
     assert guest.run("cat /mnt/greeting") == "hello"
