@@ -6,11 +6,16 @@ layouts, by which each message is judged before anyone sees it.
 Source: vfio-user protocol 0.9 (QEMU, docs/interop/vfio-user.rst)
 """
 
+import json
 from enum import IntEnum
 from struct import Struct
 
 from pileus.errors import RemoteProtocolError
 from pileus.vfio import abi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAJOR, MINOR = 0, 0
 HEADER = Struct("=HHIII")  # id, command, bytes with this header, flags, errno
@@ -116,6 +121,10 @@ class Message:
         return self.flags & TYPE == REPLY
 
     @property
+    def wants_reply(self) -> bool:
+        return not self.flags & NO_REPLY
+
+    @property
     def failed(self) -> bool:
         """Whether it says that what was asked for was not done."""
         return bool(self.flags & ERROR)
@@ -179,3 +188,26 @@ def decode(data: bytes, fds: int) -> Message:
     return Message(
         command, *values, tail=data[HEADER.size + layout.head.size :], number=number, flags=flags, error=error
     )
+
+
+def capabilities(tail: bytes) -> "dict[str, Any]":
+    """What is in the JSON of a VERSION message. Raises RemoteProtocolError where it is none."""
+    text = tail.rstrip(b"\0")
+    if not text:
+        return {}
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RemoteProtocolError(f"capabilities that are no JSON: {error}") from error
+    found = said.get("capabilities", {}) if isinstance(said, dict) else None
+    if not isinstance(found, dict):
+        raise RemoteProtocolError("capabilities that are no object")
+    return found
+
+
+def number(found: "dict[str, Any]", name: str, default: int, least: int) -> int:
+    """A number among capabilities. Raises RemoteProtocolError."""
+    value = found.get(name, default)
+    if type(value) is not int or not least <= value < 1 << 64:
+        raise RemoteProtocolError(f"the capability {name} is {str(value)[:40]}")
+    return value

@@ -19,12 +19,13 @@ from pileus.vfio_user.protocol import (
     MAX_FDS,
     MAX_TRANSFER,
     MINOR,
-    NO_REPLY,
     PAGE_SIZE,
     REPLY,
     REQUESTS,
     Command,
     Message,
+    capabilities,
+    number,
 )
 
 TYPE_CHECKING = False
@@ -169,7 +170,7 @@ class Session:
             reply = Message(message.command, number=message.number, flags=REPLY | ERROR, error=refused.errno)
         try:
             close_all(fds)  # before the client hears that it was refused
-            if not message.flags & NO_REPLY:
+            if message.wants_reply:
                 self._main.send(reply, given)
         finally:
             close_all(given)
@@ -277,26 +278,3 @@ HANDLERS: "dict[int, Callable[[Session, Message, list[int], list[int]], Reply]]"
     Command.REGION_WRITE: Session._region_write,
     Command.DEVICE_RESET: Session._reset,
 }
-
-
-def capabilities(tail: bytes) -> "dict[str, Any]":
-    """What is in the JSON of a VERSION message. Raises RemoteProtocolError where it is none."""
-    text = tail.rstrip(b"\0")
-    if not text:
-        return {}
-    try:
-        said = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RemoteProtocolError(f"capabilities that are no JSON: {error}") from error
-    found = said.get("capabilities", {}) if isinstance(said, dict) else None
-    if not isinstance(found, dict):
-        raise RemoteProtocolError("capabilities that are no object")
-    return found
-
-
-def number(found: "dict[str, Any]", name: str, default: int, least: int) -> int:
-    """A number among capabilities. Raises RemoteProtocolError."""
-    value = found.get(name, default)
-    if type(value) is not int or not least <= value < 1 << 64:
-        raise RemoteProtocolError(f"the capability {name} is {str(value)[:40]}")
-    return value
