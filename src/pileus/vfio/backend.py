@@ -2,6 +2,7 @@
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Protocol
 
     from pileus.memory import Region
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     class Watcher(Protocol):
         """The control loop."""
 
-        def watch(self, fd: int, events: int, call: object) -> None: ...
+        def watch(self, fd: int, events: int, call: Callable[[int], None]) -> None: ...
         def unwatch(self, fd: int) -> None: ...
 
     class Slots(Protocol):
