@@ -43,6 +43,8 @@ GROUPS = {
         Option("--vhost-user-blk", "vm.vhost_user_blk", LIST),
         Option("--balloon", "vm.balloon"),
         Option("--vsock", "vm.vsock"),
+        Option("--device", "vm.devices", LIST),
+        Option("--user-device", "vm.user_devices", LIST),
     ),
     "Terminals of the guest": (
         Option("--serial", "vm.serial"),

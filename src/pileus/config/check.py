@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
     from pileus.config.declare import Struct
     from pileus.config.model import (
+        DeviceConfig,
         DiskConfig,
         FsConfig,
         MemoryConfig,
         NetConfig,
         SerialConfig,
+        UserDeviceConfig,
         VhostUserBlkConfig,
         VhostUserNetConfig,
         VmConfig,
@@ -105,7 +107,7 @@ def _memory_origin(vm: "VmConfig") -> None:
             allowed = "the host merges only small pages that are not shared"
             raise _at_odds("--memory", memory, ("mergeable", key), allowed)
     if memory.mergeable and vm.has_backends:
-        allowed = "a vhost-user back-end shares the memory, and the host merges only what is not shared"
+        allowed = "a device of another process shares the memory, and the host merges only what is not shared"
         raise _at_odds("--memory", memory, ("mergeable",), allowed)
 
 
@@ -247,6 +249,7 @@ def _sockets(vm: "VmConfig") -> None:
     sockets += [("--fs", fs, "sock" if fs.sock else "socket", fs.path) for fs in vm.fs]
     sockets += [("--vhost-user-net", net, "sock", net.sock) for net in vm.vhost_user_net]
     sockets += [("--vhost-user-blk", blk, "sock", blk.sock) for blk in vm.vhost_user_blk]
+    sockets += [("--user-device", device, "socket", device.socket) for device in vm.user_devices]
     paths = [path for *_, path in sockets]
     for index, (option, struct, key, path) in enumerate(sockets):
         if path in paths[:index]:
@@ -280,6 +283,30 @@ def _persistent_memory(vm: "VmConfig") -> None:
             raise _at_odds("--pmem", pmem, ("id",), "another device has this id already")
 
 
+def _pass_through(vm: "VmConfig") -> None:
+    named: tuple[tuple[str, Sequence[DeviceConfig | UserDeviceConfig]], ...] = (
+        ("--device", vm.devices),
+        ("--user-device", vm.user_devices),
+    )
+    taken = [net.id for net in vm.net] + [disk.id for disk in vm.disks]
+    for option, devices in named:
+        for device in devices:
+            if not vm.pci:
+                key = "path" if option == "--device" else "socket"
+                raise _at_odds(option, device, (key,), "it is a PCI device, and --pci is off")
+            if device.id is not None and device.id in taken:
+                raise _at_odds(option, device, ("id",), "another device has this id already")
+            taken.append(device.id)
+    for index, host in enumerate(vm.devices):
+        if host.iommu:
+            raise _at_odds("--device", host, ("iommu",), "there is no virtual IOMMU yet")
+        if any(host.path.rstrip("/") == other.path.rstrip("/") for other in vm.devices[:index]):
+            raise _at_odds("--device", host, ("path",), "it is given twice")
+    if vm.devices and vm.balloon is not None:
+        allowed = "the host cannot have memory back while --device lets a device of the host reach all of it"
+        raise _at_odds("--balloon", vm.balloon, ("size",), allowed)
+
+
 def _page_size(memory: "MemoryConfig") -> int:
     """What the size is a multiple of: the least huge page where the host will choose."""
     return (memory.hugepage_size or HUGE_PAGE_SIZES[0]) if memory.hugepages else PAGE_SIZE
@@ -306,4 +333,5 @@ RULES = (
     _sockets,
     _vsock,
     _persistent_memory,
+    _pass_through,
 )

@@ -307,6 +307,23 @@ class PmemConfig(Struct):
     id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_pmemN")
 
 
+class DeviceConfig(Struct):
+    """A PCI device of the host that the guest has to itself (VFIO)."""
+
+    path: str = field(PATH, "the device, bound to vfio-pci: /sys/bus/pci/devices/DDDD:BB:SS.F")
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+    id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_vfioN")
+
+
+class UserDeviceConfig(Struct):
+    """A PCI device that another process emulates (vfio-user)."""
+
+    socket: str = field(PATH, "Unix socket that its server listens on")
+    id: str | None = field(
+        Printable(ID_LIMIT), "name of the device", default=None, default_help="_vfio_userN"
+    )
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
@@ -338,10 +355,17 @@ class VmConfig(Struct):
     vsock: VsockConfig | None = field(Nested(VsockConfig), "sockets between guest and host", default=None)
     pmem: list[PmemConfig] = field(Many(PmemConfig), "persistent memory", factory=lambda _: [])
 
+    devices: list[DeviceConfig] = field(
+        Many(DeviceConfig), "PCI devices of the host to pass through", factory=lambda _: []
+    )
+    user_devices: list[UserDeviceConfig] = field(
+        Many(UserDeviceConfig), "PCI devices that other processes emulate", factory=lambda _: []
+    )
+
     @property
     def has_backends(self) -> bool:
         """Whether another process serves one of the devices, and so needs the guest's memory."""
-        if self.fs or self.vhost_user_net or self.vhost_user_blk:
+        if self.fs or self.vhost_user_net or self.vhost_user_blk or self.user_devices:
             return True
         return any(disk.vhost_user for disk in self.disks) or any(net.vhost_user for net in self.net)
 

@@ -20,6 +20,7 @@ from pileus.devices.pvpanic import CRASH_LOADED, PANICKED, SHUTDOWN, PvPanic
 from pileus.devices.rtc import Rtc
 from pileus.devices.serial import Serial
 from pileus.errors import ConfigError
+from pileus.kvm.slots import Slots
 from pileus.memory import GuestMemory, backing
 from pileus.vm import devices
 from pileus.vm.vcpu import CRASH, POWER_OFF, RESET, Event, VcpuThread
@@ -194,6 +195,11 @@ class _Builder:
             carrier.add(device)
             for index in device.python_queues:
                 self._serve(device, index)
+        if self.config.devices or self.config.user_devices:
+            from pileus.vm import pass_through
+
+            slots = Slots(self.vm, len(memory.regions))
+            pass_through.add(self.config, carrier, memory, slots, self.loop)
         return carrier
 
     def _carrier(self, memory: GuestMemory) -> "Carrier":

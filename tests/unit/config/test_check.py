@@ -13,6 +13,7 @@ from pileus.config.model import (
     BalloonConfig,
     ConsoleConfig,
     CpusConfig,
+    DeviceConfig,
     DiskConfig,
     EventMonitorConfig,
     FsConfig,
@@ -21,6 +22,7 @@ from pileus.config.model import (
     PayloadConfig,
     PmemConfig,
     SerialConfig,
+    UserDeviceConfig,
     VhostUserBlkConfig,
     VhostUserNetConfig,
     VmConfig,
@@ -55,6 +57,10 @@ GOOD = [
     VmConfig(vsock=VsockConfig(cid=3, socket="/" + 95 * "s")),
     VmConfig(pmem=[PmemConfig(file="/p"), PmemConfig(file="/tmp", size=2 * MIB, nvdimm=True, id="a")]),
     VmConfig(pmem=[PmemConfig(file="/p", discard_writes=True), PmemConfig(file="/p", discard_writes=True)]),
+    VmConfig(
+        devices=[DeviceConfig(path="/p"), DeviceConfig(path="/q")],
+        user_devices=[UserDeviceConfig(socket="/s", id="a"), UserDeviceConfig(socket="/t")],
+    ),
 ]
 MAC = "2e:00:00:00:00:01"
 BAD = {
@@ -155,10 +161,27 @@ BAD = {
     "--fs cache_size=3M: a power of two, at least 4K": VmConfig(
         fs=[FsConfig(tag="a", sock="/s", cache_size=3 * MIB)]
     ),
-    "--memory mergeable=on: a vhost-user back-end shares the memory,"
+    "--memory mergeable=on: a device of another process shares the memory,"
     " and the host merges only what is not shared": VmConfig(
         memory=MemoryConfig(mergeable=True), fs=[FsConfig(tag="a", sock="/s")]
     ),
+    "--user-device socket=/s: it is a PCI device, and --pci is off": VmConfig(
+        pci=False, user_devices=[UserDeviceConfig(socket="/s")]
+    ),
+    "--user-device socket=/s: another device has this socket already": VmConfig(
+        user_devices=[UserDeviceConfig(socket="/s"), UserDeviceConfig(socket="/s")]
+    ),
+    "--user-device id=a: another device has this id already": VmConfig(
+        devices=[DeviceConfig(path="/p", id="a")], user_devices=[UserDeviceConfig(socket="/s", id="a")]
+    ),
+    "--device path=/p/: it is given twice": VmConfig(
+        devices=[DeviceConfig(path="/p"), DeviceConfig(path="/p/")]
+    ),
+    "--device iommu=on: there is no virtual IOMMU yet": VmConfig(
+        devices=[DeviceConfig(path="/p", iommu=True)]
+    ),
+    "--balloon size=0: the host cannot have memory back while --device lets a device of the host"
+    " reach all of it": VmConfig(devices=[DeviceConfig(path="/p")], balloon=BalloonConfig()),
     "--net ip=fd00::1,mask=255.0.0.0: ip and mask are both of IPv4 or both of IPv6": VmConfig(
         net=[NetConfig(ip="fd00::1", mask="255.0.0.0")]
     ),

@@ -61,6 +61,8 @@ IOAPIC_PINS = 24
 GSI_GED = 3
 GSI_COM1 = 4
 GSI_FIRST_PIN = 5
+GSI_PCI_PIN = 16  # of slot 0, then one a slot, eight in turn
+PCI_PINS = 8
 GSI_FIRST_MSI = 24
 
 
