@@ -31,7 +31,7 @@ cdef class Domain:
 cdef class Endpoint(Translation):
     cdef readonly uint32_t number
     cdef readonly str name
-    cdef Iommu iommu
+    cdef readonly Iommu iommu
     cdef readonly Domain domain     # None: attached to none
 
 

@@ -14,6 +14,7 @@ class Domain:
 class Endpoint(Translation):
     number: int
     name: str
+    iommu: Iommu
     domain: Domain | None
     def translate(self, iova: int, access: int) -> tuple[int, int] | int: ...
 
