@@ -44,6 +44,7 @@ class VirtioDevice:
         self.config_generation = 0
         self.driver_features = 0  # what was negotiated, once the driver said FEATURES_OK
         self.memory: GuestMemory | None = None  # while active
+        self.behind_iommu = False  # whether it is to be
         self.iommu: Translation | None = None  # what its addresses go through; set before a driver comes
         self.paused = False  # the VM is; what the driver kicks, if anything, waits
         self._waiting: set[int] = set()  # queues that were kicked meanwhile

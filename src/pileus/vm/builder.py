@@ -183,7 +183,12 @@ class _Builder:
         from pileus.vm.pci_devices import PciDevices
 
         above_4g = layout.pci_mmio_64bit(self.config.memory.size, self.phys_bits)
-        return PciDevices(self.vm, self.ports, self.mmio, memory, above_4g, self.cleanup)
+        iommu = None
+        if self.config.has_iommu:
+            from pileus.virtio.devices.iommu import IommuDevice
+
+            iommu = next(device for device in self.devices if isinstance(device, IommuDevice))
+        return PciDevices(self.vm, self.ports, self.mmio, memory, above_4g, self.cleanup, iommu)
 
     def _serve(self, device: "VirtioDevice", index: int) -> None:
         """Kicks of a queue that Python handles go to the control loop."""
@@ -237,6 +242,7 @@ class _Builder:
             serial=serial,
             events=self.events,
             devices=carrier.aml,
+            tables=carrier.tables,
             mmconfig=carrier.mmconfig,
         )
         for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]) + reset_vector.build():
