@@ -161,7 +161,9 @@ class Case:
         head = bytes([kind]) + choose.randbytes(3)
         cut = choose.choice([None, None, None, choose.randrange(80)])
         try:
-            self.driver.add([(head + fields[kind])[:cut] or b"\0"], [choose.choice([4, 68, 1, 200])], self.queue())
+            self.driver.add(
+                [(head + fields[kind])[:cut] or b"\0"], [choose.choice([4, 68, 1, 200])], self.queue()
+            )
         except MemoryError:
             pass
 

@@ -332,7 +332,9 @@ class VmConfig(Struct):
         return any(struct.iommu for _, struct in self.iommu_choices)
 
     @property
-    def iommu_choices(self) -> "list[tuple[str, ConsoleConfig | RngConfig | NetConfig | DiskConfig | VsockConfig]]":
+    def iommu_choices(
+        self,
+    ) -> "list[tuple[str, ConsoleConfig | RngConfig | NetConfig | DiskConfig | VsockConfig]]":
         """All that can be behind the virtual IOMMU, with their options."""
         console = [] if self.console.mode == "off" else [("--console", self.console)]
         vsock = [] if self.vsock is None else [("--vsock", self.vsock)]

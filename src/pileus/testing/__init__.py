@@ -4,4 +4,14 @@ from pileus.testing.driver import FakeDriver
 from pileus.testing.memory import Heap, Scrambled, make_memory
 from pileus.testing.ring import F_INDIRECT, F_NEXT, F_WRITE, Ring, Used
 
-__all__ = ["F_INDIRECT", "F_NEXT", "F_WRITE", "FakeDriver", "Heap", "Ring", "Scrambled", "Used", "make_memory"]
+__all__ = [
+    "F_INDIRECT",
+    "F_NEXT",
+    "F_WRITE",
+    "FakeDriver",
+    "Heap",
+    "Ring",
+    "Scrambled",
+    "Used",
+    "make_memory",
+]

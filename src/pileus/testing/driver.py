@@ -30,7 +30,7 @@ class FakeDriver:
     there stay disabled. RAM is at ``ranges``, of which rings and buffers take the first; or in ``memory``,
     which stays the caller's. ``close`` closes the device too.
 
-    A device whose ``iommu`` is an Endpoint gets IOVAs: the first region's pages are mapped for it in another order
+    A device whose ``iommu`` is an Endpoint gets IOVAs: the first region's pages, mapped in another order
     (``scrambled``).
 
     Queues whose kicks the device serves in Python are served by ``kick`` before it returns; for those of an

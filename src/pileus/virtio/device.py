@@ -110,7 +110,7 @@ class VirtioDevice:
 
     @property
     def required(self) -> int:
-        """Those that it must choose: behind an IOMMU no address means anything to a driver that knows of none."""
+        """Those that it must choose: behind an IOMMU a driver must know that there is one."""
         return VERSION_1 | (0 if self.iommu is None else ACCESS_PLATFORM)
 
     @property

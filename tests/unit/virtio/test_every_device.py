@@ -158,7 +158,8 @@ NOT_MAPPED = {
     "indirect table in the hole",
 }
 
-LAZY = {"Net": {0, 2, 3}, "IommuDevice": {1}}  # queues that are looked at only when the host has something, or not at first
+# Queues that are looked at only when the host has something, or not at first
+LAZY = {"Net": {0, 2, 3}, "IommuDevice": {1}}
 PATIENCE = 10.0
 
 

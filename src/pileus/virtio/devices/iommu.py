@@ -1,6 +1,6 @@
 """virtio-iommu: the guest says which addresses of its memory a device may reach, and under which names.
 
-The address spaces are ``pileus.memory._iommu``, which queues of devices ask; here is the driver's side of them.
+The address spaces are ``pileus.memory._iommu``, which queues ask; here is the driver's side of them.
 
 Source: virtio 1.2, 5.13 (IOMMU Device)
 """
@@ -61,7 +61,7 @@ FAULT_ADDRESS = 1 << 8
 
 
 class IommuDevice(VirtioDevice):
-    """The driver's side of ``iommu``. ``bypass``: what endpoints in no domain may do until the driver says so.
+    """The driver's side of ``iommu``. ``bypass``: what holds for endpoints in no domain, until the driver says.
 
     ``add`` puts a device behind it.
     """
@@ -78,7 +78,7 @@ class IommuDevice(VirtioDevice):
         self._set_bypass(bypass)
 
     def add(self, device: VirtioDevice, number: int) -> None:
-        """Translate the addresses of ``device``; ``number`` is what the driver knows it by, its BDF on PCI."""
+        """Translate the addresses of ``device``; ``number`` is what its driver knows it by, the BDF on PCI."""
         device.iommu = self.core.add_endpoint(number, device.name)
 
     def reset(self) -> None:
@@ -102,7 +102,11 @@ class IommuDevice(VirtioDevice):
         return self.core.bypass
 
     def write_config(self, offset: int, data: bytes) -> None:
-        if offset <= BYPASS < offset + len(data) and self._has(F_BYPASS_CONFIG) and data[BYPASS - offset] <= 1:
+        if (
+            offset <= BYPASS < offset + len(data)
+            and self._has(F_BYPASS_CONFIG)
+            and data[BYPASS - offset] <= 1
+        ):
             self._set_bypass(bool(data[BYPASS - offset]))
 
     def _set_bypass(self, bypass: bool) -> None:
@@ -147,7 +151,9 @@ class IommuDevice(VirtioDevice):
                     continue
                 break
             if chain.readable_len or chain.writable_len < FAULT.size:
-                raise GuestError(f"a buffer for faults has {FAULT.size} bytes for the device to write (5.13.6.9)")
+                raise GuestError(
+                    f"a buffer for faults has {FAULT.size} bytes for the device to write (5.13.6.9)"
+                )
             if (fault := core.take_fault()) is None:
                 break
             reason, access, endpoint, iova = fault
@@ -249,7 +255,7 @@ class IommuDevice(VirtioDevice):
         }
 
     def restore(self, state: "State") -> None:
-        """Before any device behind it is restored. Raises ValueError where the driver could not have got there."""
+        """Before any device behind it is. Raises ValueError where the driver could not have got there."""
         self.core.reset()
         self._set_bypass(bool(state["bypass"]))
         try:

@@ -282,7 +282,8 @@ class Twin:
     def __init__(self) -> None:
         self.endpoints: dict[int, int | None] = {DISK: None, NET: None}
         self.bypass: dict[int, bool] = {}
-        self.pages: dict[int, dict[int, tuple[int, int, object]]] = {}  # domain → page → gpa, flags, its mapping
+        # domain → page → gpa, flags, its mapping
+        self.pages: dict[int, dict[int, tuple[int, int, object]]] = {}
 
     def attach(self, domain: int, endpoint: int, bypass: bool) -> int:
         if endpoint not in self.endpoints:
@@ -407,7 +408,7 @@ def test_a_state_that_cannot_be_is_refused(guest: Guest) -> None:
     guest.map(1, 0, 4095, 0)
     state = guest.iommu.state()
     domain = state["domains"][0]
-    for bad in (
+    wrong: list[dict[str, object]] = [
         {"endpoints": [0x18]},
         {"endpoints": [DISK, DISK]},
         {"number": DOMAIN_LAST + 1},
@@ -416,7 +417,8 @@ def test_a_state_that_cannot_be_is_refused(guest: Guest) -> None:
         {"mappings": [[1, 4095, 0, 3]]},
         {"mappings": [[-4096, 4095, 0, 3]]},
         {"endpoints": []},
-    ):
+    ]
+    for bad in wrong:
         with pytest.raises(ValueError, match="iommu0: "):
             make().restore({"bypass": True, "domains": [{**domain, **bad}]})
 

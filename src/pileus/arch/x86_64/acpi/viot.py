@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 
 REVISION = 0
 HEAD = Struct("<HH8x")  # node count, offset of the first node
-PCI_RANGE = Struct("<BxHIHHHHH6x")  # type, length, first endpoint, segments, BDFs: first and last; output node
+PCI_RANGE = Struct(
+    "<BxHIHHHHH6x"
+)  # type, length, first endpoint, segments, BDFs: first and last; output node
 IOMMU_PCI = Struct("<BxHHH8x")  # type, length, segment, BDF
 T_PCI_RANGE, T_IOMMU_PCI = 1, 3
 
 
 def encode(iommu: int, endpoints: "Sequence[int]") -> bytes:
-    """The virtio-iommu at BDF ``iommu``; devices behind it have their BDFs as endpoint IDs. All in segment 0."""
+    """The virtio-iommu at BDF ``iommu``; devices behind it have their BDFs as IDs. All in segment 0."""
     first = HEADER_SIZE + HEAD.size
     nodes = IOMMU_PCI.pack(T_IOMMU_PCI, IOMMU_PCI.size, 0, iommu)
     for bdf in endpoints:
