@@ -74,7 +74,7 @@ def _is_guard(hva: int) -> bool:
 
 
 class Scrambled:
-    """RAM as a device behind a virtual IOMMU sees it: the pages of ``memory``'s first region, in another order.
+    """RAM as a device behind a virtual IOMMU sees it: ``memory``'s first region, its pages in another order.
 
     IOVAs are those of the region. ``map`` tells an address space of it, which has no mappings there yet.
     """

@@ -61,7 +61,7 @@ FAULT_ADDRESS = 1 << 8
 
 
 class IommuDevice(VirtioDevice):
-    """The driver's side of ``iommu``. ``bypass``: what holds for endpoints in no domain, until the driver says.
+    """The driver's side of ``iommu``. ``bypass`` holds until the driver says otherwise.
 
     ``add`` puts a device behind it.
     """
@@ -78,7 +78,7 @@ class IommuDevice(VirtioDevice):
         self._set_bypass(bypass)
 
     def add(self, device: VirtioDevice, number: int) -> None:
-        """Translate the addresses of ``device``; ``number`` is what its driver knows it by, the BDF on PCI."""
+        """Translate the addresses of ``device``; ``number`` is what its driver knows it by: a BDF."""
         device.iommu = self.core.add_endpoint(number, device.name)
 
     def reset(self) -> None:
