@@ -307,6 +307,13 @@ def _pass_through(vm: "VmConfig") -> None:
         raise _at_odds("--balloon", vm.balloon, ("size",), allowed)
 
 
+def _iommu(vm: "VmConfig") -> None:
+    """There is no way to tell a guest without PCI which devices are behind what."""
+    for option, struct in vm.iommu_choices:
+        if struct.iommu and not vm.pci:
+            raise _at_odds(option, struct, ("iommu",), "the virtual IOMMU is a PCI device, and --pci is off")
+
+
 def _page_size(memory: "MemoryConfig") -> int:
     """What the size is a multiple of: the least huge page where the host will choose."""
     return (memory.hugepage_size or HUGE_PAGE_SIZES[0]) if memory.hugepages else PAGE_SIZE
@@ -334,4 +341,5 @@ RULES = (
     _vsock,
     _persistent_memory,
     _pass_through,
+    _iommu,
 )

@@ -369,6 +369,21 @@ class VmConfig(Struct):
             return True
         return any(disk.vhost_user for disk in self.disks) or any(net.vhost_user for net in self.net)
 
+    @property
+    def has_iommu(self) -> bool:
+        """Whether a device is to be behind the virtual IOMMU, and so whether there is one."""
+        return any(struct.iommu for _, struct in self.iommu_choices)
+
+    @property
+    def iommu_choices(
+        self,
+    ) -> "list[tuple[str, ConsoleConfig | RngConfig | NetConfig | DiskConfig | VsockConfig]]":
+        """All that can be behind the virtual IOMMU, with their options."""
+        console = [] if self.console.mode == "off" else [("--console", self.console)]
+        vsock = [] if self.vsock is None else [("--vsock", self.vsock)]
+        disks = [("--disk", disk) for disk in self.disks]
+        return [*console, *disks, *(("--net", net) for net in self.net), ("--rng", self.rng), *vsock]
+
 
 class CoredumpConfig(Struct):
     """Where a core of the VM goes."""

@@ -7,7 +7,7 @@ import os
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EINTR, errno
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 from posix.unistd cimport close
@@ -371,6 +371,22 @@ cdef class GuestMemory:
             if got > 0:
                 self.mark(gpa + done, got)  # at once: what came before an error is in RAM all the same
                 done += got
+
+
+cdef class Translation:
+    """An address space between a device and guest memory. This one is empty; see ``_iommu``."""
+
+    cdef void enter(self) noexcept nogil:
+        pass
+
+    cdef void leave(self) noexcept nogil:
+        pass
+
+    cdef int find(self, uint64_t iova, Window *window) noexcept nogil:
+        return NO_DOMAIN
+
+    cdef void report(self, int reason, uint32_t access, uint64_t iova) noexcept nogil:
+        pass
 
 
 cdef extern from *:

@@ -9,7 +9,6 @@ import os
 
 from pileus.errors import PileusError
 from pileus.virtio import status
-from pileus.virtio.device import VERSION_1
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -108,14 +107,14 @@ class Control:
             self.forget()
 
     def _features_acceptable(self) -> bool:
-        return not self._accepted & ~self.device.offered and bool(self._accepted & VERSION_1)
+        return not (self._accepted & ~self.device.offered or self.device.required & ~self._accepted)
 
     def _activate(self) -> None:
         device = self.device
         try:
             for queue in device.queues:
                 if queue.enabled:
-                    queue.activate(self.memory, self._accepted)
+                    queue.activate(self.memory, self._accepted, device.iommu)
             device.memory = self.memory
             device.activate()
         except PileusError as error:

@@ -211,7 +211,12 @@ class _Builder:
 
         used_end = max((each.gpa + each.size for each in self.persistent), default=0)
         above_4g = layout.pci_mmio_64bit(self.config.memory.size, self.phys_bits, used_end)
-        return PciDevices(self.vm, self.ports, self.mmio, memory, above_4g, self.cleanup)
+        iommu = None
+        if self.config.has_iommu:
+            from pileus.virtio.devices.iommu import IommuDevice
+
+            iommu = next(device for device in self.devices if isinstance(device, IommuDevice))
+        return PciDevices(self.vm, self.ports, self.mmio, memory, above_4g, self.cleanup, iommu)
 
     def _serve(self, device: "VirtioDevice", index: int) -> None:
         """Kicks of a queue that Python handles go to the control loop."""
@@ -265,6 +270,7 @@ class _Builder:
             serial=serial,
             events=self.events,
             devices=carrier.aml,
+            tables=carrier.tables,
             mmconfig=carrier.mmconfig,
         )
         if nvdimms := [each.nvdimm for each in self.persistent if each.nvdimm is not None]:

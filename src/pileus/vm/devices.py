@@ -30,7 +30,7 @@ def make(
         port = cleanup.own(make_console(console))
         console.connect(port)
         cleanup.call(console.disconnect)
-        yield port
+        yield _behind(config.console.iommu, port)
     for index, disk in enumerate(config.disks):
         if disk.vhost_user:
             from pileus.vm import vhost_user_devices
@@ -39,7 +39,7 @@ def make(
             continue
         from pileus.virtio.devices.blk import open_disk
 
-        yield cleanup.own(open_disk(disk, index))
+        yield _behind(disk.iommu, cleanup.own(open_disk(disk, index)))
     for index, net in enumerate(config.net):
         if net.vhost_user:
             from pileus.vm import vhost_user_devices
@@ -48,10 +48,10 @@ def make(
             continue
         from pileus.virtio.devices.net import open_net
 
-        yield cleanup.own(open_net(net, index))
+        yield _behind(net.iommu, cleanup.own(open_net(net, index)))
     from pileus.virtio.devices.rng import FileSource, Rng
 
-    yield cleanup.own(Rng("rng0", cleanup.own(FileSource(config.rng.src))))
+    yield _behind(config.rng.iommu, cleanup.own(Rng("rng0", cleanup.own(FileSource(config.rng.src)))))
     if config.balloon is not None:
         from pileus.virtio.devices.balloon import make_balloon
 
@@ -68,4 +68,13 @@ def make(
     if config.vsock is not None:
         from pileus.virtio.devices.vsock import open_vsock
 
-        yield cleanup.own(open_vsock(config.vsock))
+        yield _behind(config.vsock.iommu, cleanup.own(open_vsock(config.vsock)))
+    if config.has_iommu:
+        from pileus.virtio.devices.iommu import IommuDevice
+
+        yield cleanup.own(IommuDevice("iommu0"))
+
+
+def _behind(iommu: bool, device: "VirtioDevice") -> "VirtioDevice":
+    device.behind_iommu = iommu
+    return device

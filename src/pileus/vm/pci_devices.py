@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from pileus.memory import GuestMemory
     from pileus.vfio.backend import Backend, Slots, Watcher
     from pileus.virtio.device import VirtioDevice
+    from pileus.virtio.devices.iommu import IommuDevice
 
 
 class PciDevices:
     """A PCI host on ``ports`` and ``mmio``; ``above_4g`` is the (gpa, size) for 64-bit BARs, if there is one.
 
-    ``aml``, once all devices are there, and ``mmconfig`` are what the ACPI tables say of it.
+    ``aml``, once all devices are there, ``mmconfig`` and ``tables`` are what the ACPI tables say of it. Devices
+    that want to be are put behind ``iommu``, which is itself one of those to add.
     """
 
     def __init__(
@@ -32,10 +34,13 @@ class PciDevices:
         memory: "GuestMemory",
         above_4g: tuple[int, int] | None,
         cleanup: "Cleanup",
+        iommu: "IommuDevice | None" = None,
     ) -> None:
         self._vm = vm
         self._memory = memory
         self._cleanup = cleanup
+        self._iommu = iommu
+        self._iommu_bdf = 0
         self._routes = Routes(vm, layout.GSI_FIRST_MSI)
         below_4g = Window(layout.PCI_MMIO_32BIT, layout.PCI_MMIO_32BIT_SIZE)
         self.bus = PciBus(mmio, below_4g, None if above_4g is None else Window(*above_4g))
@@ -75,4 +80,17 @@ class PciDevices:
         """Carry ``device`` in the next slot. Raises ConfigError when slots, addresses or GSIs run out."""
         transport = PciTransport(device, self._memory, self._routes, self._vm)
         self._cleanup.own(transport)
-        self.bus.add(transport)
+        bdf = self.bus.add(transport) << 3
+        if device is self._iommu:
+            self._iommu_bdf = bdf
+        elif device.behind_iommu and self._iommu is not None:
+            self._iommu.add(device, bdf)
+
+    @property
+    def tables(self) -> list[bytes]:
+        """ACPI tables beside those that every machine has."""
+        if self._iommu is None:
+            return []
+        from pileus.arch.x86_64.acpi import viot
+
+        return [viot.encode(self._iommu_bdf, sorted(self._iommu.core.endpoints))]

@@ -21,6 +21,7 @@ from pileus.config.model import (
     NetConfig,
     PayloadConfig,
     PmemConfig,
+    RngConfig,
     SerialConfig,
     UserDeviceConfig,
     VhostUserBlkConfig,
@@ -133,6 +134,12 @@ BAD = {
     ),
     "--disk vhost_user=on,iommu=on: no back-end can be behind the virtual IOMMU": VmConfig(
         disks=[DiskConfig(vhost_user=True, socket="/s", iommu=True)]
+    ),
+    "--disk iommu=on: the virtual IOMMU is a PCI device, and --pci is off": VmConfig(
+        disks=[DiskConfig(path="/d", iommu=True)], pci=False
+    ),
+    "--rng iommu=on: the virtual IOMMU is a PCI device, and --pci is off": VmConfig(
+        rng=RngConfig(iommu=True), pci=False
     ),
     "--net socket=/s: socket needs vhost_user=on": VmConfig(net=[NetConfig(socket="/s")]),
     "--net vhost_mode=server: vhost_mode needs vhost_user=on": VmConfig(net=[NetConfig(vhost_mode="server")]),

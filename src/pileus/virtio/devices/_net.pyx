@@ -166,8 +166,9 @@ cdef class Pair(Engine):
             self.rx_dropped += 1
         if self.stock != NULL:
             while self.stock.end_chain > self.stock.first_chain:
-                self.rx.untake()
                 self.stock.end_chain -= 1
+                self.rx.untake(self.stock.chains[self.stock.end_chain].head)
+            self.rx.flush()
         if self.epoll >= 0:
             close(self.epoll)
         self.epoll = -1
@@ -282,7 +283,7 @@ cdef class Pair(Engine):
                 _cut(&self.chain)
             count, length = self.chain.count, <uint32_t>self.chain.writable_length
             if stock.end_vector - stock.first_vector + count > MAX_VECTORS:
-                self.rx.untake()
+                self.rx.untake(self.chain.head)
                 return FULL
             if stock.end_vector + count > 2 * MAX_VECTORS or stock.end_chain == 2 * MAX_CHAINS:
                 _compact(stock)
@@ -424,7 +425,7 @@ cdef class Pair(Engine):
                 self.tx_more = False
                 break
             if self._send() == -EAGAIN:
-                self.tx.untake()
+                self.tx.untake(self.chain.head)
                 self.writable = False  # until the TAP says otherwise
                 break
             self.tx.put(self.chain.head, 0)
