@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class PciDevices:
     """A PCI host on ``ports`` and ``mmio``; ``above_4g`` is the (gpa, size) for 64-bit BARs, if there is one.
 
-    ``aml``, once all devices are there, ``mmconfig`` and ``tables`` are what the ACPI tables say of it. Devices
-    that want to be are put behind ``iommu``, which is itself one of those to add.
+    ``aml``, once all devices are there, ``mmconfig`` and ``tables`` are what the ACPI tables say of it.
+    Devices that want to be are put behind ``iommu``, which is itself one of those to add.
     """
 
     def __init__(
