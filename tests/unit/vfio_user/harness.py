@@ -10,7 +10,7 @@ from pileus.vfio_user.device import PciDevice
 from pileus.vfio_user.protocol import HEADER, Command, Message
 from pileus.vfio_user.server import serve_client
 
-PATIENCE = 5.0
+PATIENCE = 30.0
 
 
 def open_fds() -> set[str]:

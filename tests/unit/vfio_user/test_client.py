@@ -387,7 +387,7 @@ def test_a_server_that_lies_is_refused_when_the_vm_is_built(
         liar = Liar(lies)
         with pytest.raises((HostError, RemoteProtocolError, ConfigError)):
             Guest(liar.sock, memory)
-        liar.thread.join(5)
+        liar.thread.join(30)
         assert not liar.thread.is_alive()
     assert open_fds() == before
 
@@ -425,7 +425,7 @@ def test_whatever_a_server_says_later_the_vm_lives(asks: list[Message], junk: li
         assert guest.mmio.load(guest.bar(0) + STATUS, 4) == ONES
         guest.use_messages()
         guest.close()
-        liar.thread.join(5)
+        liar.thread.join(30)
         assert not liar.thread.is_alive()
     assert open_fds() == before
 
@@ -468,7 +468,7 @@ def test_a_server_may_use_the_guest_s_memory_and_no_more(memory: GuestMemory) ->
     thread.start()
     guest = Guest(theirs, memory)
     guest.close()
-    thread.join(5)
+    thread.join(30)
     assert [answer.failed for answer in answers] == [False, False, True, True, True]
     assert answers[0].tail == b"ABCD"
     assert memory.read((1 << 32) + 8, 4) == b"abcd"
