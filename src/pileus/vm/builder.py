@@ -198,7 +198,7 @@ class _Builder:
         if self.config.devices or self.config.user_devices:
             from pileus.vm import pass_through
 
-            slots = Slots(self.vm, len(memory.regions))
+            slots = Slots(self.vm, len(memory.regions) + len(self.persistent))
             pass_through.add(self.config, carrier, memory, slots, self.loop)
         return carrier
 
