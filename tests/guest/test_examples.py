@@ -13,7 +13,7 @@ from pileus.errors import HostError
 from tests.guest.guest import ROOT, TRIXIE_PVH
 from tests.guest.system import copy_of_root, new_folder, why_not
 
-pytestmark = [pytest.mark.needs("--vsock", "--disk"), pytest.mark.xdist_group("vsock")]
+pytestmark = [pytest.mark.long, pytest.mark.needs("--vsock", "--disk"), pytest.mark.xdist_group("vsock")]
 PATIENCE = 400.0  # seconds: a Debian system comes up slowly in an emulated machine
 AGENT = "modprobe vmw_vsock_virtio_transport; exec socat VSOCK-LISTEN:1024,fork EXEC:/bin/sh"
 

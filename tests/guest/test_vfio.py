@@ -18,7 +18,7 @@ from tests.guest.guest import Guest
 NVME_CLASS, QEMU_VENDOR = "0x010802", "0x1b36"
 DEVICES = Path("/sys/bus/pci/devices")
 MEMORY = "size=512M"
-pytestmark = pytest.mark.needs("--device")
+pytestmark = [pytest.mark.long, pytest.mark.needs("--device")]
 
 
 def _candidate() -> Path | None:
