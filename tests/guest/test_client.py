@@ -76,6 +76,7 @@ def test_the_client_pauses_and_resumes(served: Served) -> None:
     assert "nobody" not in guest.output
     client.resume()
     guest.expect("nobody")
+    guest.shell()
     assert guest.run("dmesg | grep -ci 'soft lockup'") == "0"
 
 

@@ -27,11 +27,11 @@ until [ -b /dev/pmem0 ]; do usleep 20000; done
 # What "ndctl create-namespace --mode fsdax" does: Linux has no DAX on an NVDIMM before.
 FSDAX = """
 cd /sys/bus/nd/devices/pfn0.0
-echo namespace0.0 >../../drivers/nd_pmem/unbind
+echo namespace0.0 >/sys/bus/nd/drivers/nd_pmem/unbind
 cat /proc/sys/kernel/random/uuid >uuid
 echo ram >mode
 echo namespace0.0 >namespace
-echo pfn0.0 >../../drivers/nd_pmem/bind
+echo pfn0.0 >/sys/bus/nd/drivers/nd_pmem/bind
 cd /
 """
 # A file system with DAX: what is in a file there was stored in persistent memory and nowhere else.
@@ -109,6 +109,7 @@ def test_discarded_writes_never_reach_the_file(boot: Boot, folder: Path) -> None
     assert not any(file.read_bytes())
 
 
+@pytest.mark.long  # hosts before Linux 6.12 take such a fault asynchronously, for ever: docs/pmem.md
 def test_a_file_cut_short_ends_the_vm_and_says_so(boot: Boot, folder: Path) -> None:
     file = new_file(folder)
     guest = boot(

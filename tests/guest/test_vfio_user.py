@@ -23,7 +23,7 @@ CMDLINE = "console=ttyS0 quiet mem=384M iomem=relaxed"
 SPARE = 400 * MIB  # RAM that the guest's kernel leaves alone, of 512 MiB
 SOURCE, TARGET, LENGTH, STATUS, DOORBELL, COUNT = 0x00, 0x08, 0x10, 0x14, 0x18, 0x1C
 DONE, FAILED = 1, 2
-ENGINE = "0x1af4:0x10f7"
+ENGINE = "PCI_ID=1AF4:10F7"
 PATIENCE = 20.0
 pytestmark = pytest.mark.needs("--user-device")
 
@@ -93,10 +93,9 @@ class Driver:
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
         found = guest.run(
-            "for d in /sys/bus/pci/devices/*; do"
-            ' [ "$(cat $d/vendor):$(cat $d/device)" = ' + ENGINE + " ] && echo found=$d; done"
+            f"grep -l {ENGINE} /sys/bus/pci/devices/*/uevent"  # a line the terminal needs not wrap
         )
-        match = re.search(r"found=(/\S+)", found)
+        match = re.search(r"(/sys/\S+)/uevent", found)
         assert match is not None, found
         self.path = match[1]
         lines = guest.run(f"echo 1 >{self.path}/enable; cat {self.path}/resource").splitlines()

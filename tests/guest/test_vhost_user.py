@@ -107,7 +107,7 @@ def test_a_system_boots_from_such_a_disk(start: StartGuest, serve: Serve) -> Non
     try:
         backend = storage_daemon(serve, system.copy_of_root(folder))
         cmdline = "root=/dev/vda rw console=ttyS0 quiet"
-        guest: Guest = start("--disk", f"vhost_user=on,socket={backend.socket}", do="none", cmdline=cmdline)
+        guest: Guest = start("--disk", f"vhost_user=on,socket={backend.socket}", do="root", cmdline=cmdline)
         guest.expect("root@cloud:~#", system.BOOT_TIMEOUT)
         guest.type("systemctl poweroff --force\n")
         assert guest.wait() == 0

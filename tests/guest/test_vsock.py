@@ -219,7 +219,8 @@ def test_five_hundred_connections_at_once(host: Host) -> None:
 
 
 def test_nobody_listens_on_either_side(host: Host) -> None:
-    with pytest.raises(ConnectionRefusedError):
+    # A reset where the host had not read all that came before it closed the connection.
+    with pytest.raises((ConnectionRefusedError, ConnectionResetError)):
         host.call("echo", port=4096)
     assert "ConnectionResetError" in host.system.run("python3 /root/caller.py 4096 1 hello").stderr
 
