@@ -39,6 +39,7 @@ class Machine(System):
             memory=f"size={MEMORY_MIB}M",
             disks=tuple(f"path={_image(folder, name)},serial={name}{keys}" for name, keys in DISKS.items()),
             network_keys={self.pairs.number: f",num_queues={2 * PAIRS}"},
+            serial="tty",
             console=f"file={self.console}",
             more=("--balloon", f"size={BALLOON_MIB}M,deflate_on_oom=on,free_page_reporting=on"),
         )

@@ -63,12 +63,12 @@ class TestOneOfEach:
             cat >/tmp/eat.py <<'EOF'
 {EAT}
 EOF
-            head -c 24M /dev/urandom >/root/data
+            head -c 32M /dev/urandom >/root/data
             sync
             sha256sum /root/data >/root/sums
             available=$(sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo)
-            python3 /tmp/eat.py $((available / 1024 - 24)) &
-            for round in 1 2 3; do sha256sum -c --quiet /root/sums; done
+            python3 /tmp/eat.py $((available / 1024 - 64)) &
+            for round in 1 2 3; do echo 3 >/proc/sys/vm/drop_caches; sha256sum -c --quiet /root/sums; done
             wait $!
             sha256sum -c --quiet /root/sums
             rm /root/data

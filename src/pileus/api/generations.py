@@ -58,6 +58,7 @@ NEUTRAL: "dict[str, dict[str, tuple[Json, ...]]]" = {  # struct -> field -> valu
     "ConsoleConfig": {},
     "RngConfig": {},
     "BalloonConfig": {},
+    "PmemConfig": {"pci_segment": (0, None)},
     "FsConfig": {"id": (None,), "pci_segment": (0, None)},
     "DiskConfig": {
         "vhost_user": (False, None),

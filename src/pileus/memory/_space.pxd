@@ -17,6 +17,7 @@ cdef class Region:
     cdef readonly uint64_t offset    # of the region in that file, in bytes
     cdef readonly uint64_t size
     cdef readonly uint64_t page_size
+    cdef readonly bint private       # what is written stays in this process
     cdef uint8_t *base
     cdef int exports                 # memoryviews alive: unmapping under them would leave them dangling
 
@@ -29,11 +30,14 @@ cdef class Region:
 cdef class GuestMemory:
     cdef Span spans[MAX_SPANS]
     cdef size_t count
-    cdef readonly list regions       # of (gpa, Region), ascending
+    cdef readonly list regions       # RAM: of (gpa, Region), ascending; the first of ``spans``
+    cdef readonly list attached      # what is no RAM, but memory for devices all the same: likewise
     cdef readonly uint64_t size
     cdef bint tracked                # whether ``mark`` has anything to do
 
-    # The host address of [gpa, gpa + length), or NULL if that is not all RAM of one region. A length of 0 is NULL.
+    cdef _add_span(self, uint64_t gpa, Region region)
+
+    # The host address of [gpa, gpa + length), or NULL if that is not all in one region. A length of 0 is NULL.
     cdef uint8_t *at(self, uint64_t gpa, uint64_t length) noexcept nogil
     # Tell dirty tracking that [gpa, gpa + length), which lies in one region, was written by us.
     cdef void mark(self, uint64_t gpa, uint64_t length) noexcept nogil

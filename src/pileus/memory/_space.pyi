@@ -10,8 +10,15 @@ class Region:
     offset: int
     size: int
     page_size: int
+    private: bool
     def __init__(
-        self, fd: int, size: int, offset: int = 0, reserve: bool = False, page_size: int = 4096
+        self,
+        fd: int,
+        size: int,
+        offset: int = 0,
+        reserve: bool = False,
+        page_size: int = 4096,
+        private: bool = False,
     ) -> None: ...
     @property
     def hva(self) -> int: ...
@@ -23,6 +30,7 @@ class Region:
 
 class GuestMemory:
     regions: list[tuple[int, Region]]
+    attached: list[tuple[int, Region]]
     size: int
     def __init__(self, regions: list[tuple[int, Region]]) -> None: ...
     def __enter__(self) -> Self: ...
@@ -30,6 +38,9 @@ class GuestMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
     def close(self) -> None: ...
+    def attach(self, gpa: int, region: Region) -> None: ...
+    @property
+    def shareable(self) -> list[tuple[int, Region]]: ...
     @property
     def ranges(self) -> list[tuple[int, int]]: ...
     def start_tracking(self) -> None: ...

@@ -30,11 +30,11 @@ class Control:
     """
 
     def __init__(self, device: "VirtioDevice", memory: "GuestMemory") -> None:
-        self.device = device
+        self.device: VirtioDevice = device
         self.memory = memory
         self.device_features_select = 0
         self.driver_features_select = 0
-        self.queue_select = 0
+        self.queue_select: int = 0
         self.interrupt: Callable[[], None] = lambda: None
         self.forget: Callable[[], None] = lambda: None
         self._accepted = 0
@@ -76,7 +76,10 @@ class Control:
         """The driver writes the status; 0 resets, and has when this returns."""
         with self.device.lock:
             if written == 0:
+                was_active = self.device.memory is not None
                 self.reset()
+                if was_active:
+                    self.device.noticed("reset")
                 return
             after = status.step(self._status, written)
             if after & ~self._status & status.FEATURES_OK and not self._features_acceptable():
@@ -121,6 +124,7 @@ class Control:
             if queue.active:
                 # A driver may have filled it, and even kicked, before it said DRIVER_OK.
                 os.eventfd_write(queue.kick_fd, 1)
+        device.noticed("activated")
 
     def _changed(self) -> None:
         if self._status & status.DRIVER_OK:

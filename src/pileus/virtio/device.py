@@ -39,9 +39,9 @@ class VirtioDevice:
     def __init__(self, name: str) -> None:
         self.name = name
         self.lock = _thread.RLock()
-        self.queues = [Queue(size) for size in self.queue_sizes]
+        self.queues: list[Queue] = [Queue(size) for size in self.queue_sizes]
         self.config = b""  # device-specific configuration, as the driver reads it
-        self.config_generation = 0
+        self.config_generation: int = 0
         self.driver_features = 0  # what was negotiated, once the driver said FEATURES_OK
         self.memory: GuestMemory | None = None  # while active
         self.behind_iommu = False  # whether it is to be
@@ -51,6 +51,7 @@ class VirtioDevice:
         self.failed = False  # the driver broke a rule, and nothing is served until its reset
         self.changed: Callable[[], None] = _nothing  # the transport's: interrupts for a new configuration
         self.broke: Callable[[], None] = _nothing  # the transport's: sets NEEDS_RESET
+        self.noticed: Callable[[str], None] = _nothing_of  # the VMM's: hears of its life, in a word
 
     # -- what a device overrides ------------------------------------------------------------------
 
@@ -155,4 +156,8 @@ class VirtioDevice:
 
 
 def _nothing() -> None:
+    pass
+
+
+def _nothing_of(_: str) -> None:
     pass

@@ -2,21 +2,27 @@
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pileus.cleanup import Cleanup
     from pileus.config.model import VmConfig
     from pileus.console import Console
     from pileus.virtio.device import VirtioDevice
+    from pileus.vm.persistent import PersistentMemory
     from pileus.vm.vm import Loop
 
 
 def make(
-    config: "VmConfig", cleanup: "Cleanup", console: "Console | None", loop: "Loop"
+    config: "VmConfig",
+    cleanup: "Cleanup",
+    console: "Console | None",
+    loop: "Loop",
+    persistent: "Sequence[PersistentMemory]" = (),
 ) -> "Iterator[VirtioDevice]":
     """Each device, given to ``cleanup`` as it is made. Raises PileusError where the host refuses one.
 
     ``console`` is the far end of the virtio console, None for no such device. ``loop`` watches back-ends.
+    ``persistent`` is memory in its place already.
     """
     if console is not None:
         from pileus.virtio.devices.console import make_console
@@ -50,6 +56,11 @@ def make(
         from pileus.virtio.devices.balloon import make_balloon
 
         yield cleanup.own(make_balloon(config.balloon))
+    for memory in persistent:
+        if not memory.nvdimm:
+            from pileus.virtio.devices.pmem import Pmem
+
+            yield cleanup.own(Pmem(memory.name, memory.gpa, memory.size, memory.sync))
     if config.fs or config.vhost_user_net or config.vhost_user_blk:
         from pileus.vm import vhost_user_devices
 

@@ -11,9 +11,10 @@ from pileus.virtio.pci import PciTransport
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pileus.bus import Bus
-    from pileus.cleanup import Cleanup
+    from pileus.cleanup import Cleanup, T
     from pileus.kvm import Vm
     from pileus.memory import GuestMemory
+    from pileus.vfio.backend import Backend, Slots, Watcher
     from pileus.virtio.device import VirtioDevice
     from pileus.virtio.devices.iommu import IommuDevice
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 class PciDevices:
     """A PCI host on ``ports`` and ``mmio``; ``above_4g`` is the (gpa, size) for 64-bit BARs, if there is one.
 
-    ``aml``, ``mmconfig`` and ``tables`` are what the ACPI tables say of it. Devices that want to be are put
-    behind ``iommu``, which is itself one of those to add.
+    ``aml``, once all devices are there, ``mmconfig`` and ``tables`` are what the ACPI tables say of it.
+    Devices that want to be are put behind ``iommu``, which is itself one of those to add.
     """
 
     def __init__(
@@ -49,9 +50,34 @@ class PciDevices:
         self.bus.add(host_bridge())
         ports.insert(PORT, PORTS, ConfigPorts(self.bus))
         mmio.insert(layout.PCI_MMCONFIG, acpi_pci.mmconfig_size(), Ecam(self.bus))
-        self.aml = [acpi_pci.host_bridge(above_4g), acpi_pci.motherboard()]
+        self._above_4g = above_4g
+        self._pins: list[tuple[int, int]] = []  # slot, GSI
         self.cmdline: list[str] = []
         self.mmconfig: tuple[int, int] | None = (layout.PCI_MMCONFIG, acpi_pci.LAST_BUS)
+
+    @property
+    def aml(self) -> list[bytes]:
+        return [acpi_pci.host_bridge(self._above_4g, self._pins), acpi_pci.motherboard()]
+
+    def own(self, thing: "T") -> "T":
+        """Close ``thing`` after the devices that are added from now on."""
+        return self._cleanup.own(thing)
+
+    def pass_through(self, backend: "Backend", slots: "Slots", loop: "Watcher") -> None:
+        """Let the guest have the device of ``backend`` in the next slot. Raises ConfigError likewise."""
+        from pileus.vfio.function import PassThrough
+
+        try:
+            slot = self.bus.free_slot()
+        except BaseException:
+            backend.close()
+            raise
+        gsi = layout.GSI_PCI_PIN + slot % layout.PCI_PINS
+        function = self._cleanup.own(PassThrough(backend, self._routes, self._vm, slots, loop, gsi))
+        self.bus.add(function, slot)
+        function.placed(lambda: self.bus.decode(function))
+        if function.gsi is not None:
+            self._pins.append((slot, function.gsi))
 
     def add(self, device: "VirtioDevice") -> None:
         """Carry ``device`` in the next slot. Raises ConfigError when slots, addresses or GSIs run out."""

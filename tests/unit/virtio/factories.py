@@ -19,6 +19,7 @@ from pileus.virtio.devices.blk import open_disk
 from pileus.virtio.devices.console import ConsoleDevice
 from pileus.virtio.devices.iommu import IommuDevice
 from pileus.virtio.devices.net import open_net
+from pileus.virtio.devices.pmem import Pmem
 from pileus.virtio.devices.rng import FileSource, Rng
 from tests.unit.net.namespace import Namespace
 
@@ -85,6 +86,11 @@ def disk(**more: object) -> "Factory":
     return make
 
 
+@contextmanager
+def pmem() -> Iterator[VirtioDevice]:
+    yield Pmem("pmem0", 1 << 33, 2 << 20, lambda: None)
+
+
 def behind_an_iommu(factory: "Factory") -> "Factory":
     """What it is in for is FakeDriver's to say."""
 
@@ -118,6 +124,7 @@ FACTORIES: dict[str, Factory] = {
     "net": net,
     "disk": disk(),
     "disk of four queues": disk(num_queues=4),
+    "pmem": pmem,
     "read-only disk": disk(readonly=True),
     "iommu": iommu,
     "rng behind an iommu": behind_an_iommu(rng),

@@ -280,6 +280,7 @@ def usable_request(driver: FakeDriver) -> tuple[int, list[bytes], list[int]]:
         "IommuDevice": (0, [bytes([5]) + bytes(71)], [64, 4]),  # probe endpoint 0, which does not exist
         "Balloon": (0, [bytes([64, 0, 0, 0])], []),
         "Blk": (0, [bytes(16)], [512, 1]),  # read sector 0
+        "Pmem": (0, [bytes(4)], [4]),  # flush
     }
     return known[type(driver.device).__name__]
 
