@@ -51,7 +51,13 @@ class Card:
     """``net`` under a driver that takes ``features``; a packet socket is the host's side."""
 
     def __init__(
-        self, *, features: int | None = None, event_idx: bool = True, start: bool = True, iommu_endpoint: Endpoint | None = None, **config: Any
+        self,
+        *,
+        features: int | None = None,
+        event_idx: bool = True,
+        start: bool = True,
+        iommu_endpoint: Endpoint | None = None,
+        **config: Any,
     ) -> None:
         self.net: Net = open_net(
             NetConfig(**{"mac": GUEST_MAC.hex(":"), "host_mac": HOST_MAC.hex(":"), **config}), 0
