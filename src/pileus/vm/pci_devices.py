@@ -41,6 +41,9 @@ class PciDevices:
         self._cleanup = cleanup
         self._iommu = iommu
         self._iommu_bdf = 0
+        # Closed after all that is behind it: its reset takes away what their queues live on.
+        iommu_end = cleanup.own(Cleanup()) if iommu is not None else cleanup
+        self._owners = {True: iommu_end, False: cleanup}
         self._routes = Routes(vm, layout.GSI_FIRST_MSI)
         below_4g = Window(layout.PCI_MMIO_32BIT, layout.PCI_MMIO_32BIT_SIZE)
         self.bus = PciBus(mmio, below_4g, None if above_4g is None else Window(*above_4g))
@@ -79,7 +82,7 @@ class PciDevices:
     def add(self, device: "VirtioDevice") -> None:
         """Carry ``device`` in the next slot. Raises ConfigError when slots, addresses or GSIs run out."""
         transport = PciTransport(device, self._memory, self._routes, self._vm)
-        self._cleanup.own(transport)
+        self._owners[device is self._iommu].own(transport)
         bdf = self.bus.add(transport) << 3
         if device is self._iommu:
             self._iommu_bdf = bdf

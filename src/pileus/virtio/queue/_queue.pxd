@@ -1,3 +1,4 @@
+cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from pileus._posix cimport iovec
@@ -38,6 +39,7 @@ cdef void buffers_init(Buffers *buffers) noexcept nogil
 cdef void buffers_free(Buffers *buffers) noexcept nogil
 
 
+@cython.final  # its methods call each other without a detour
 cdef class Queue:
     cdef readonly uint16_t max_size
     cdef readonly int kick_fd       # eventfd, non-blocking: the driver has offered something
@@ -94,9 +96,7 @@ cdef class Queue:
     cdef bint enable_kicks(self) noexcept nogil
     cdef void disable_kicks(self) noexcept nogil
     cdef uint16_t pending(self) noexcept nogil
-    cdef int _take(self, Buffers *buffers) noexcept nogil
     cdef int _take_translated(self, Buffers *buffers) noexcept nogil
-    cdef void _put(self, uint16_t head, uint32_t length) noexcept nogil
     cdef bint _publish(self) noexcept nogil
     cdef bint _enable_kicks(self) noexcept nogil
     cdef void _disable_kicks(self) noexcept nogil
@@ -108,7 +108,6 @@ cdef class Queue:
     cdef void _refuse(self, int reason, uint32_t access, uint64_t iova) noexcept nogil
     cdef int _add_translated(self, Buffers *buffers, uint64_t iova, uint32_t length, uint32_t access) noexcept nogil
     cdef int _load_indirect(self, uint64_t iova, Descriptor *entry) noexcept nogil
-    cdef int _walk(self, uint16_t head, Buffers *buffers) noexcept nogil
+    cdef int _walk(self, uint16_t head, Buffers *buffers, uint8_t **pages) noexcept nogil
     cdef int _add(self, Buffers *buffers, uint64_t gpa, uint32_t length) noexcept nogil
-    cdef int _vector(self, Buffers *buffers, uint8_t *hva, uint64_t gpa, uint64_t length) noexcept nogil
     cdef int _fail(self, int fault) noexcept nogil

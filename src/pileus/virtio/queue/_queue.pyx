@@ -18,6 +18,7 @@ Source: virtio 1.2, 2.7 (Split Virtqueues)
 
 import os
 
+cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
@@ -139,20 +140,78 @@ cdef inline uint8_t *_paged(uint8_t **pages, uint64_t iova, uint64_t offset) noe
     return pages[at >> PAGE_SHIFT] + (at & (PAGE - 1))
 
 
-cdef inline uint16_t *_avail_at(Queue queue, uint32_t index) noexcept nogil:
-    """A word of the avail ring: flags, idx, ring[size], used_event."""
-    if queue.pages == NULL:
+cdef inline uint16_t *_avail_at(Queue queue, uint32_t index, uint8_t **pages) noexcept nogil:
+    """A word of the avail ring: flags, idx, ring[size], used_event. ``pages`` are the queue's."""
+    if pages == NULL:
         return &queue.avail[index]
-    return <uint16_t *>_paged(&queue.pages[queue.first_avail_page], queue.available, 2 * index)
+    return <uint16_t *>_paged(&pages[queue.first_avail_page], queue.available, 2 * index)
 
 
-cdef inline uint16_t *_used_at(Queue queue, uint32_t index) noexcept nogil:
+cdef inline uint16_t *_used_at(Queue queue, uint32_t index, uint8_t **pages) noexcept nogil:
     """A word of the used ring: flags, idx, ring[size] of four words, avail_event."""
-    if queue.pages == NULL:
+    if pages == NULL:
         return &queue.used_ring[index]
-    return <uint16_t *>_paged(&queue.pages[queue.first_used_page], queue.used, 2 * index)
+    return <uint16_t *>_paged(&pages[queue.first_used_page], queue.used, 2 * index)
 
 
+# These are compiled twice each, so that a queue without an IOMMU decides once a call that it has none.
+
+
+cdef inline int _next(Queue self, Buffers *buffers, uint8_t **pages) noexcept nogil:
+    """As ``take``."""
+    cdef uint16_t head
+    if self.fault:
+        return -1
+    if self.avail_seen == self.next_avail:
+        # Acquire: the ring's entries and the chains are read after the index that covers them.
+        self.avail_seen = load_acquire_u16(_avail_at(self, 1, pages))
+        if self.avail_seen == self.next_avail:
+            return 0
+        # Offered and in flight together are no more chains than the ring has heads. Each is taken modulo
+        # 65536 by itself: an index that goes back would else offer 65535 more.
+        if (
+            <uint32_t><uint16_t>(self.avail_seen - self.next_avail)
+            + <uint16_t>(self.next_avail - self.next_used) > self.size
+        ):
+            return self._fail(INDEX_JUMPED)
+    head = load_u16(_avail_at(self, 2 + (self.next_avail & (self.size - 1)), pages))
+    if head >= self.size:
+        return self._fail(HEAD_OUTSIDE)
+    if self._walk(head, buffers, pages) < 0:
+        return -1
+    buffers.head = head
+    self.next_avail += 1
+    return 1
+
+
+cdef inline void _put(Queue self, uint16_t head, uint32_t length, uint8_t **pages) noexcept nogil:
+    cdef UsedElement *ring
+    cdef UsedElement *element
+    cdef uint32_t index = self.next_used & (self.size - 1)
+    if pages == NULL:
+        ring = <UsedElement *>&self.used_ring[2]
+        element = &ring[index]
+        element.head = head
+        element.length = length
+    else:  # the halves of an element may be in two pages
+        (<uint32_t *>_used_at(self, 2 + 4 * index, pages))[0] = head
+        (<uint32_t *>_used_at(self, 4 + 4 * index, pages))[0] = length
+    self.next_used += 1
+
+
+cdef inline int _vector(Queue self, Buffers *buffers, uint8_t *hva, uint64_t gpa, uint64_t length) noexcept nogil:
+    if buffers.count == MAX_BUFFERS:
+        return self._fail(TOO_LONG)
+    if buffers.count == buffers.capacity and not _grow(buffers):
+        return self._fail(NO_MEMORY)
+    buffers.vectors[buffers.count].iov_base = hva
+    buffers.vectors[buffers.count].iov_len = length
+    buffers.gpas[buffers.count] = gpa
+    buffers.count += 1
+    return 0
+
+
+@cython.final
 cdef class Queue:
     """A virtqueue of up to ``max_size`` descriptors, a power of two.
 
@@ -255,32 +314,7 @@ cdef class Queue:
         return <uint16_t>(self.avail_seen - self.next_avail)
 
     cdef int take(self, Buffers *buffers) noexcept nogil:
-        return self._take(buffers) if self.pages == NULL else self._take_translated(buffers)
-
-    cdef int _take(self, Buffers *buffers) noexcept nogil:
-        cdef uint16_t head
-        if self.fault:
-            return -1
-        if self.avail_seen == self.next_avail:
-            # Acquire: the ring's entries and the chains are read after the index that covers them.
-            self.avail_seen = load_acquire_u16(_avail_at(self, 1))
-            if self.avail_seen == self.next_avail:
-                return 0
-            # Offered and in flight together are no more chains than the ring has heads. Each is taken modulo
-            # 65536 by itself: an index that goes back would else offer 65535 more.
-            if (
-                <uint32_t><uint16_t>(self.avail_seen - self.next_avail)
-                + <uint16_t>(self.next_avail - self.next_used) > self.size
-            ):
-                return self._fail(INDEX_JUMPED)
-        head = load_u16(_avail_at(self, 2 + (self.next_avail & (self.size - 1))))
-        if head >= self.size:
-            return self._fail(HEAD_OUTSIDE)
-        if self._walk(head, buffers) < 0:
-            return -1
-        buffers.head = head
-        self.next_avail += 1
-        return 1
+        return _next(self, buffers, NULL) if self.pages == NULL else self._take_translated(buffers)
 
     cdef void untake(self, uint16_t head) noexcept nogil:
         if self.pages != NULL:
@@ -290,7 +324,7 @@ cdef class Queue:
             self.since_refusal -= 1
         self.next_avail -= 1
 
-    cdef int _walk(self, uint16_t head, Buffers *buffers) noexcept nogil:
+    cdef int _walk(self, uint16_t head, Buffers *buffers, uint8_t **pages) noexcept nogil:
         """Follow a chain to its end, each table for no more steps than it has entries."""
         cdef Descriptor *table = self.table
         cdef Descriptor entry
@@ -306,11 +340,11 @@ cdef class Queue:
                 return self._fail(TOO_LONG)  # empty buffers make no vectors, but each costs a step
             steps += 1
             total += 1
-            if self.pages == NULL:
+            if pages == NULL:
                 load_descriptor(&table[index], &entry)
             elif not inside:
                 load_descriptor(
-                    <Descriptor *>_paged(self.pages, self.descriptors, <uint64_t>index * DESCRIPTOR_SIZE), &entry
+                    <Descriptor *>_paged(pages, self.descriptors, <uint64_t>index * DESCRIPTOR_SIZE), &entry
                 )
             elif self._load_indirect(indirect + <uint64_t>index * DESCRIPTOR_SIZE, &entry) <= 0:
                 return -1 if self.fault else 0
@@ -323,7 +357,7 @@ cdef class Queue:
                     return self._fail(INDIRECT_CHAINED)
                 if entry.length == 0 or entry.length % DESCRIPTOR_SIZE:
                     return self._fail(INDIRECT_SIZE)
-                if self.pages == NULL:
+                if pages == NULL:
                     table = <Descriptor *>self.memory.at(entry.gpa, entry.length)
                     if table == NULL:
                         return self._fail(NOT_MEMORY)
@@ -336,7 +370,7 @@ cdef class Queue:
                 writable = True
             elif writable:
                 return self._fail(READABLE_AFTER_WRITABLE)
-            if self.pages == NULL:
+            if pages == NULL:
                 if self._add(buffers, entry.gpa, entry.length) < 0:
                     return -1
             elif self._add_translated(buffers, entry.gpa, entry.length, WRITE if writable else READ) < 0:
@@ -365,21 +399,10 @@ cdef class Queue:
                 return self._fail(NOT_MEMORY)
             if here > left:
                 here = left
-            if self._vector(buffers, hva, gpa, here) < 0:
+            if _vector(self, buffers, hva, gpa, here) < 0:
                 return -1
             gpa += here
             left -= here
-        return 0
-
-    cdef int _vector(self, Buffers *buffers, uint8_t *hva, uint64_t gpa, uint64_t length) noexcept nogil:
-        if buffers.count == MAX_BUFFERS:
-            return self._fail(TOO_LONG)
-        if buffers.count == buffers.capacity and not _grow(buffers):
-            return self._fail(NO_MEMORY)
-        buffers.vectors[buffers.count].iov_base = hva
-        buffers.vectors[buffers.count].iov_len = length
-        buffers.gpas[buffers.count] = gpa
-        buffers.count += 1
         return 0
 
     cdef void complete(self, Buffers *buffers, uint32_t length) noexcept nogil:
@@ -397,24 +420,10 @@ cdef class Queue:
 
     cdef void put(self, uint16_t head, uint32_t length) noexcept nogil:
         if self.pages == NULL:
-            self._put(head, length)
+            _put(self, head, length, NULL)
         elif self._enter():
-            self._put(head, length)
+            _put(self, head, length, self.pages)
             self.iommu.leave()
-
-    cdef void _put(self, uint16_t head, uint32_t length) noexcept nogil:
-        cdef UsedElement *ring
-        cdef UsedElement *element
-        cdef uint32_t index = self.next_used & (self.size - 1)
-        if self.pages == NULL:
-            ring = <UsedElement *>&self.used_ring[2]
-            element = &ring[index]
-            element.head = head
-            element.length = length
-        else:  # the halves of an element may be in two pages
-            (<uint32_t *>_used_at(self, 2 + 4 * index))[0] = head
-            (<uint32_t *>_used_at(self, 4 + 4 * index))[0] = length
-        self.next_used += 1
 
     cdef bint publish(self) noexcept nogil:
         cdef bint wanted
@@ -431,7 +440,7 @@ cdef class Queue:
         if before == self.next_used:
             return False
         # Release: the elements and the data are there before the index that covers them.
-        store_release_u16(_used_at(self, 1), self.next_used)
+        store_release_u16(_used_at(self, 1, self.pages), self.next_used)
         if self.memory.tracked:
             self._mark_used()
         # The index is seen before the driver's wish is read; else both sides could wait for each other.
@@ -439,9 +448,9 @@ cdef class Queue:
         self.signalled = self.next_used
         if self.event_idx:
             # Tell it if the index passed the event: all modulo 65536.
-            event = load_u16(_avail_at(self, 2 + self.size))
+            event = load_u16(_avail_at(self, 2 + self.size, self.pages))
             return <uint16_t>(self.next_used - event - 1) < <uint16_t>(self.next_used - before)
-        return not load_u16(_avail_at(self, 0)) & NO_INTERRUPT
+        return not load_u16(_avail_at(self, 0, self.pages)) & NO_INTERRUPT
 
     cdef void flush(self) noexcept nogil:
         if self.publish():
@@ -459,14 +468,14 @@ cdef class Queue:
 
     cdef bint _enable_kicks(self) noexcept nogil:
         if self.event_idx:
-            store_u16(_used_at(self, 2 + 4 * self.size), self.next_avail)
+            store_u16(_used_at(self, 2 + 4 * self.size, self.pages), self.next_avail)
         else:
-            store_u16(_used_at(self, 0), 0)
+            store_u16(_used_at(self, 0, self.pages), 0)
         if self.memory.tracked:
             self._mark_used()
         # The wish is seen before the index is read, for the same reason.
         full_fence()
-        return load_u16(_avail_at(self, 1)) != self.next_avail
+        return load_u16(_avail_at(self, 1, self.pages)) != self.next_avail
 
     cdef void disable_kicks(self) noexcept nogil:
         """With EVENT_IDX nothing is to be done: an event index that is not moved on asks for no more kicks."""
@@ -479,7 +488,7 @@ cdef class Queue:
             self.iommu.leave()
 
     cdef void _disable_kicks(self) noexcept nogil:
-        store_u16(_used_at(self, 0), NO_NOTIFY)
+        store_u16(_used_at(self, 0, self.pages), NO_NOTIFY)
         if self.memory.tracked:
             self._mark_used()
 
@@ -527,8 +536,8 @@ cdef class Queue:
         ):
             return False
         # Who only looks whether the index moved does so at avail[1].
-        self.avail = _avail_at(self, 1) - 1
-        self.used_ring = _used_at(self, 0)
+        self.avail = _avail_at(self, 1, self.pages) - 1
+        self.used_ring = _used_at(self, 0, self.pages)
         return True
 
     cdef bint _map_ring(self, uint64_t iova, uint64_t length, uint32_t access, uint8_t **pages) noexcept nogil:
@@ -587,7 +596,7 @@ cdef class Queue:
             if not self._enter():
                 return -1
             self.refusing, self.last_byte = False, NULL
-            got = self._take(buffers)
+            got = _next(self, buffers, self.pages)
             if got <= 0 or not self.refusing:
                 self.iommu.leave()
                 self.since_refusal += got > 0
@@ -595,7 +604,7 @@ cdef class Queue:
             if self.refusal >= 0 and self.last_byte != NULL:
                 self.last_byte[0] = <uint8_t>self.refusal
                 self.memory.mark(self.last_byte_gpa, 1)
-            self._put(buffers.head, 0)
+            _put(self, buffers.head, 0, self.pages)
             self.refused += 1
             self.since_refusal = 0
             self.iommu.leave()
@@ -637,7 +646,7 @@ cdef class Queue:
             elif buffers.count == MAX_BUFFERS:
                 self._refuse(UNKNOWN, access, at)  # no driver can know how scattered its memory is
                 break
-            elif self._vector(buffers, hva, gpa, here) < 0:
+            elif _vector(self, buffers, hva, gpa, here) < 0:
                 return -1
             at += here
             left -= here
