@@ -2,6 +2,7 @@
 
 from pileus.arch.x86_64 import layout
 from pileus.arch.x86_64.acpi import pci as acpi_pci
+from pileus.cleanup import Cleanup
 from pileus.kvm.routing import Routes
 from pileus.pci.allocator import Window
 from pileus.pci.bus import PciBus
@@ -11,7 +12,7 @@ from pileus.virtio.pci import PciTransport
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pileus.bus import Bus
-    from pileus.cleanup import Cleanup, T
+    from pileus.cleanup import T
     from pileus.kvm import Vm
     from pileus.memory import GuestMemory
     from pileus.vfio.backend import Backend, Slots, Watcher
@@ -33,7 +34,7 @@ class PciDevices:
         mmio: "Bus",
         memory: "GuestMemory",
         above_4g: tuple[int, int] | None,
-        cleanup: "Cleanup",
+        cleanup: Cleanup,
         iommu: "IommuDevice | None" = None,
     ) -> None:
         self._vm = vm
