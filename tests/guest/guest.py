@@ -139,7 +139,7 @@ class Guest:
         return self.log_file.read_text() if self.log_file.exists() else ""
 
     def threads(self) -> str:
-        """What each thread of pileus is at, for whoever looks into a hang: CPU time is told twice, a second apart."""
+        """What each thread of pileus is at, for whoever looks into a hang; CPU time twice, a second apart."""
         text = ""
         for _ in range(2):
             for task in sorted(Path(f"/proc/{self.process.pid}/task").glob("*")):
