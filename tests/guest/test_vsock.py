@@ -99,15 +99,17 @@ class Host:
     def call(self, what: str, port: int = 1024) -> socket.socket:
         client = socket.socket(socket.AF_UNIX)
         client.settimeout(PATIENCE)
-        client.connect(self.path())
-        client.sendall(f"CONNECT {port}\n{what}\n".encode())
-        answer = b""
-        while not answer.endswith(b"\n"):
-            got = client.recv(1)
-            if not got:
-                client.close()
-                raise ConnectionRefusedError(answer)
-            answer += got
+        try:
+            client.connect(self.path())
+            client.sendall(f"CONNECT {port}\n{what}\n".encode())
+            answer = b""
+            while not answer.endswith(b"\n"):
+                if not (got := client.recv(1)):
+                    raise ConnectionRefusedError(answer)
+                answer += got
+        except OSError:
+            client.close()
+            raise
         assert answer.startswith(b"OK ")
         return client
 

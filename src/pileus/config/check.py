@@ -302,8 +302,6 @@ def _pass_through(vm: "VmConfig") -> None:
                 raise at_odds(option, device, ("id",), "another device has this id already")
             taken.append(device.id)
     for index, host in enumerate(vm.devices):
-        if host.iommu:
-            raise at_odds("--device", host, ("iommu",), "there is no virtual IOMMU yet")
         if any(host.path.rstrip("/") == other.path.rstrip("/") for other in vm.devices[:index]):
             raise at_odds("--device", host, ("path",), "it is given twice")
     if vm.devices and vm.balloon is not None:

@@ -326,6 +326,11 @@ class UserDeviceConfig(Struct):
     )
 
 
+BehindIommu = (
+    ConsoleConfig | RngConfig | NetConfig | DiskConfig | VsockConfig | PmemConfig | DeviceConfig
+)  # what can be
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
@@ -378,14 +383,15 @@ class VmConfig(Struct):
         return any(struct.iommu for _, struct in self.iommu_choices)
 
     @property
-    def iommu_choices(
-        self,
-    ) -> "list[tuple[str, ConsoleConfig | RngConfig | NetConfig | DiskConfig | VsockConfig]]":
+    def iommu_choices(self) -> "list[tuple[str, BehindIommu]]":
         """All that can be behind the virtual IOMMU, with their options."""
         console = [] if self.console.mode == "off" else [("--console", self.console)]
         vsock = [] if self.vsock is None else [("--vsock", self.vsock)]
         disks = [("--disk", disk) for disk in self.disks]
-        return [*console, *disks, *(("--net", net) for net in self.net), ("--rng", self.rng), *vsock]
+        nets = [("--net", net) for net in self.net]
+        pmem = [("--pmem", pmem) for pmem in self.pmem]
+        devices = [("--device", device) for device in self.devices]
+        return [*console, *disks, *nets, ("--rng", self.rng), *vsock, *pmem, *devices]
 
 
 class CoredumpConfig(Struct):

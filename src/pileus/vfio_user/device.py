@@ -20,6 +20,7 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 
 from pileus.pci import capability
 from pileus.pci.bar import FLAGS, PREFETCHABLE, TYPE_64BIT
@@ -91,6 +92,7 @@ class PciDevice:
 
     def __init__(self) -> None:
         self.dma = DmaSpace()
+        self._line = threading.Lock()  # over what decides of the pin: the status and command registers
         self.irqs = Interrupts(
             {abi.INTX: int(self.pin), abi.MSI: 0, abi.MSIX: self.vectors, abi.ERR: 0, abi.REQ: 0}
         )
@@ -122,10 +124,10 @@ class PciDevice:
 
     def set_line(self, level: bool) -> None:
         """Assert or release INTA, for drivers that use no messages; any thread may."""
-        status = self.config.get(STATUS, 2)
-        self.config.set(STATUS, 2, status | INTERRUPT_STATUS if level else status & ~INTERRUPT_STATUS)
-        disabled = self.config.get(COMMAND, 2) & INTX_DISABLE
-        self.irqs.set_line(level and not disabled)
+        with self._line:
+            status = self.config.get(STATUS, 2)
+            self.config.set(STATUS, 2, status | INTERRUPT_STATUS if level else status & ~INTERRUPT_STATUS)
+            self._drive_line()
 
     # -- what the server uses ---------------------------------------------------------------------
 
@@ -159,7 +161,9 @@ class PciDevice:
         """Likewise."""
         self._check(index, offset, len(data))
         if index == abi.CONFIG:
-            self.config.write(offset, len(data), int.from_bytes(data, "little"))
+            with self._line:
+                self.config.write(offset, len(data), int.from_bytes(data, "little"))
+                self._drive_line()  # a driver may have turned the pin off, or on again
         elif index in self.shared:
             self.shared[index].memory[offset : offset + len(data)] = data
         elif index == self._msix_bar:
@@ -170,7 +174,7 @@ class PciDevice:
 
     def reset_all(self) -> None:
         """The registers of PCI, too."""
-        self.irqs.set_line(False)
+        self.set_line(False)
         self.config.restore(bytes(SIZE))
         self._table[:] = bytes(len(self._table))
         self.reset()
@@ -186,6 +190,11 @@ class PciDevice:
         for shared in self.shared.values():
             shared.close()
         self.shared.clear()
+
+    def _drive_line(self) -> None:
+        asserted = self.config.get(STATUS, 2) & INTERRUPT_STATUS
+        disabled = self.config.get(COMMAND, 2) & INTX_DISABLE
+        self.irqs.set_line(bool(asserted and not disabled))
 
     def _check(self, index: int, offset: int, count: int) -> None:
         size = self.region(index).size

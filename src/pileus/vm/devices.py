@@ -56,11 +56,12 @@ def make(
         from pileus.virtio.devices.balloon import make_balloon
 
         yield cleanup.own(make_balloon(config.balloon))
-    for memory in persistent:
+    for memory, pmem in zip(persistent, config.pmem, strict=False):
         if not memory.nvdimm:
             from pileus.virtio.devices.pmem import Pmem
 
-            yield cleanup.own(Pmem(memory.name, memory.gpa, memory.size, memory.sync))
+            device = cleanup.own(Pmem(memory.name, memory.gpa, memory.size, memory.sync))
+            yield _behind(pmem.iommu, device)
     if config.fs or config.vhost_user_net or config.vhost_user_blk:
         from pileus.vm import vhost_user_devices
 

@@ -2,6 +2,7 @@
 
 from pileus.arch.x86_64 import layout
 from pileus.arch.x86_64.acpi import pci as acpi_pci
+from pileus.cleanup import Cleanup
 from pileus.kvm.routing import Routes
 from pileus.pci.allocator import Window
 from pileus.pci.bus import PciBus
@@ -11,12 +12,13 @@ from pileus.virtio.pci import PciTransport
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pileus.bus import Bus
-    from pileus.cleanup import Cleanup, T
+    from pileus.cleanup import T
     from pileus.kvm import Vm
     from pileus.memory import GuestMemory
     from pileus.vfio.backend import Backend, Slots, Watcher
     from pileus.virtio.device import VirtioDevice
     from pileus.virtio.devices.iommu import IommuDevice
+    from pileus.virtio.host_spaces import HostSpace
 
 
 class PciDevices:
@@ -33,7 +35,7 @@ class PciDevices:
         mmio: "Bus",
         memory: "GuestMemory",
         above_4g: tuple[int, int] | None,
-        cleanup: "Cleanup",
+        cleanup: Cleanup,
         iommu: "IommuDevice | None" = None,
     ) -> None:
         self._vm = vm
@@ -63,8 +65,13 @@ class PciDevices:
         """Close ``thing`` after the devices that are added from now on."""
         return self._cleanup.own(thing)
 
-    def pass_through(self, backend: "Backend", slots: "Slots", loop: "Watcher") -> None:
-        """Let the guest have the device of ``backend`` in the next slot. Raises ConfigError likewise."""
+    def pass_through(
+        self, backend: "Backend", slots: "Slots", loop: "Watcher", space: "HostSpace | None" = None
+    ) -> None:
+        """Let the guest have the device of ``backend`` in the next slot. Raises ConfigError likewise.
+
+        ``space`` is what it sees of memory, where it is behind the IOMMU. Raises HostError then.
+        """
         from pileus.vfio.function import PassThrough
 
         try:
@@ -74,7 +81,10 @@ class PciDevices:
             raise
         gsi = layout.GSI_PCI_PIN + slot % layout.PCI_PINS
         function = self._cleanup.own(PassThrough(backend, self._routes, self._vm, slots, loop, gsi))
-        self.bus.add(function, slot)
+        bdf = self.bus.add(function, slot) << 3
+        if space is not None and (iommu := self._iommu) is not None:
+            iommu.add_host_device(bdf, backend.name, space)
+            self._cleanup.call(lambda: iommu.forget_host_device(bdf))
         function.placed(lambda: self.bus.decode(function))
         if function.gsi is not None:
             self._pins.append((slot, function.gsi))

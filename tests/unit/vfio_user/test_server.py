@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pileus.errors import PileusError
+from pileus.pci.config_space import COMMAND, INTX_DISABLE
 from pileus.vfio import abi
 from pileus.vfio_user.connection import close_all
 from pileus.vfio_user.device import Bar, PciDevice, pieces
@@ -271,6 +272,20 @@ def test_the_pin_is_up_until_the_driver_says_enough(client: BareClient, engine: 
     client.ask(unmask)
     with pytest.raises(BlockingIOError):
         os.eventfd_read(pin)
+    os.close(pin)
+
+
+def test_a_pin_that_is_turned_off_is_silent_until_it_is_on_again(client: BareClient) -> None:
+    pin = eventfd(client, abi.INTX, 0)
+    start_copy(client, 0, 0, 0)
+    assert os.eventfd_read(pin) == 1
+    unmask = Message(Command.DEVICE_SET_IRQS, 20, abi.DATA_NONE | abi.ACTION_UNMASK, abi.INTX, 0, 1)
+    client.write(abi.CONFIG, COMMAND, 2, INTX_DISABLE)
+    client.ask(unmask)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(pin)
+    client.write(abi.CONFIG, COMMAND, 2, 0)
+    assert os.eventfd_read(pin) == 1
     os.close(pin)
 
 

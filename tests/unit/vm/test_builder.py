@@ -11,6 +11,7 @@ import pytest
 from pileus.config.model import (
     CpusConfig,
     DeviceConfig,
+    DiskConfig,
     FsConfig,
     NetConfig,
     UserDeviceConfig,
@@ -25,6 +26,7 @@ from pileus.vfio_user import client
 from pileus.vfio_user.devices.copy_engine import CopyEngine
 from pileus.vfio_user.server import Server
 from pileus.vhost_user.devices.fs import VhostUserFs
+from pileus.virtio.devices.iommu import IommuDevice
 from pileus.vm.builder import build, topology_of
 from pileus.vm.vcpu import Event
 from pileus.vmm.loop import Loop, Timer
@@ -170,6 +172,28 @@ def test_a_vm_can_be_closed_twice_and_without_having_run(kvm: Kvm, config: VmCon
     assert vm.exits == {}
     vm.close()
     vm.close()
+
+
+def test_devices_behind_the_iommu_are_built_again_and_again(
+    kvm: Kvm, config: VmConfig, tmp_path: Path
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    config.disks = [DiskConfig(path=str(image), iommu=True), DiskConfig(path=str(image))]
+    config.disks[0].readonly = config.disks[1].readonly = True
+
+    def build_and_close() -> None:
+        vm = build(config, kvm, None, ignore, IDLE)
+        iommu = next(device for device in vm.devices if isinstance(device, IommuDevice))
+        assert list(iommu.core.endpoints) == [1 << 3]  # the first disk's slot, the only one that asked
+        vm.close()
+
+    build_and_close()
+    before = tiny.held()
+    for _ in range(10):
+        build_and_close()
+    after = tiny.held()
+    assert (after.files, after.threads) == (before.files, before.threads)
 
 
 def test_a_back_end_is_given_the_guest_s_memory(kvm: Kvm, config: VmConfig, tmp_path: Path) -> None:
