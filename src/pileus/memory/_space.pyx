@@ -14,7 +14,7 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from pileus.errors import HostError
-from pileus.memory._guard cimport guard, unguard
+from pileus.memory._sigbus cimport guard, unguard
 
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -65,7 +65,7 @@ cdef class Region:
 
     Owns ``fd`` and closes it, unless making the region raises HostError. ``reserve`` makes the host set the
     pages aside at once, which is how huge pages fail here rather than by SIGBUS in the guest. ``guarded``:
-    ``fd`` is a peer's, who may truncate it (``_guard``). ``offset`` and ``size`` may be any.
+    ``fd`` is a peer's, who may truncate it (``_sigbus``). ``offset`` and ``size`` may be any.
     """
 
     def __cinit__(
@@ -86,6 +86,7 @@ cdef class Region:
         flags |= (0 if fd >= 0 else MAP_ANONYMOUS) | (0 if reserve else MAP_NORESERVE)
         self.private = private or fd < 0
         self.fd, self.size, self.offset, self.page_size, self.base = fd, size, offset, page_size, NULL
+        self.guarded = -1
         if size == 0 or mapped < size or offset - lead > <uint64_t>LONG_MAX:
             raise HostError("map", f"{size >> 20} MiB of guest memory", OSError(EINVAL, "mmap"))
         base = mmap(NULL, mapped, PROT_READ | PROT_WRITE, flags, fd, offset - lead)
@@ -93,10 +94,10 @@ cdef class Region:
         if base == MAP_FAILED:
             raise HostError("map", f"{size >> 20} MiB of guest memory", OSError(error, "mmap"))
         if guarded:
-            if guard(base, mapped, page_size) < 0:
+            self.guarded = guard(base, mapped, page_size)
+            if self.guarded < 0:
                 munmap(base, mapped)
                 raise HostError("map", f"{size >> 20} MiB of guest memory", "there are too many mappings")
-            self.guarded = True
         self.lead, self.mapped = lead, mapped
         self.base = <uint8_t *>base + lead
 
@@ -108,8 +109,8 @@ cdef class Region:
             close(self.fd)
 
     cdef void _unmap(self, uint8_t *base) noexcept nogil:
-        if self.guarded:
-            unguard(base - self.lead)
+        if self.guarded >= 0:
+            unguard(self.guarded)
         munmap(base - self.lead, self.mapped)
 
     @property

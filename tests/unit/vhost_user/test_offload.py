@@ -119,6 +119,7 @@ def test_the_child_of_a_vmm_that_is_killed_ends(image: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         capture_output=True, text=True, check=False, timeout=PATIENCE,
     )  # fmt: skip
+    assert done.stdout, done.stderr
     until(lambda: gone(int(done.stdout)))
 
 
