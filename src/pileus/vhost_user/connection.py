@@ -143,6 +143,8 @@ def close_all(fds: list[int]) -> None:
 class Client:
     """Connects to a peer that listens at ``path``."""
 
+    over = False  # whether nobody can come any more
+
     def __init__(self, path: str) -> None:
         self.path = path
 
@@ -164,12 +166,18 @@ class Client:
         """Nothing to wait for: it has to be tried."""
         return -1
 
+    def last_words(self) -> str:
+        """Nothing is known of why a peer failed."""
+        return ""
+
     def close(self) -> None:
         pass
 
 
 class Server:
     """Listens at ``path`` for one peer after the other. A socket left there by nobody alive is replaced."""
+
+    over = False
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -198,6 +206,9 @@ class Server:
             raise HostError("accept a connection on", self.path, error) from error
         return sock
 
+    def last_words(self) -> str:
+        return ""
+
     def close(self) -> None:
         """Also remove the socket file, if it is still ours."""
         self._listener.close()
@@ -213,7 +224,7 @@ class Inherited:
 
     def __init__(self, fd: int) -> None:
         self.path = f"fd {fd}"
-        self._used = False
+        self.over = False
         try:
             self._socket = socket.socket(fileno=fd)
             self._listens = bool(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
@@ -228,7 +239,7 @@ class Inherited:
         return self._socket.fileno() if self._listens else -1
 
     def attempt(self) -> "socket.socket | None":
-        """A connection, or None while nobody comes. Raises HostError once nobody can."""
+        """A connection, or None while nobody comes."""
         try:
             if self._listens:
                 return self._socket.accept()[0]
@@ -236,9 +247,7 @@ class Inherited:
             return None
         except OSError as error:
             raise HostError("accept a connection on", self.path, error) from error
-        if self._used:
-            raise HostError("wait for another front-end on", self.path, "it is a connection, and over")
-        self._used = True
+        self.over = True
         return self._socket.dup()
 
     def close(self) -> None:

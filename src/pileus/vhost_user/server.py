@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         """A way to front-ends: Client, Server or Inherited of ``vhost_user.connection``."""
 
         path: str
+        over: bool
 
         def fileno(self) -> int: ...
         def attempt(self) -> socket.socket | None: ...
@@ -90,7 +91,10 @@ class BackendServer:
     def _parted(self) -> None:
         log.info(f"{self.device.name}: the front-end is gone")
         self._backend = None
-        self._await_front_end()
+        if self._peer.over:
+            self._finished()
+        else:
+            self._await_front_end()
 
     def _faulted(self) -> None:
         os.eventfd_read(self._faults)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pileus import log
 from pileus.config.model import DiskConfig, NetConfig, VmConfig
-from pileus.errors import PileusError
+from pileus.errors import HostError
 from pileus.loop import Loop
 from pileus.testing import FakeDriver
 from pileus.vhost_user.devices.device import VhostUserDevice
@@ -54,14 +55,18 @@ def gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
+def descriptors() -> list[str]:
+    return sorted(os.listdir("/proc/self/fd"), key=int)
+
+
+def children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
 def test_a_disk_is_served_by_a_child_that_ends_with_it(image: Path) -> None:
     with driving(disk(image)) as driver:
         pid = child(driver).pid
         assert Disk(driver).write(3, b"x" * SECTOR) == OK
-        assert Path(f"/proc/{pid}/comm").read_text()
-        held = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
-        assert str(image) in held
-        assert not any("/dev/pts" in each for each in held - {os.readlink("/proc/self/fd/2")})
     assert gone(pid)
     assert image.read_bytes()[3 * SECTOR :][:SECTOR] == b"x" * SECTOR
 
@@ -92,14 +97,35 @@ def test_an_interface_is_served_by_a_child(tmp_path: Path) -> None:
         assert host.links == ["lo"]
 
 
-def test_an_image_that_is_none_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_image_that_is_none_is_told(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(b"")
     loop = Loop()
-    with pytest.raises(PileusError, match="pileus-blk"):
+    before = descriptors()
+    with pytest.raises(HostError, match="cannot start pileus-blk: .*image.*a disk has at least one sector"):
         disk(path)(loop)
-    assert "a disk has at least one sector" in capfd.readouterr().err
+    assert descriptors() == before
+    assert children() == []
     loop.close()
+
+
+def test_what_a_child_has_to_say_is_in_the_log_of_the_vmm(
+    image: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "level", log.INFO)
+    with driving(disk(image)):
+        pass
+    told = capfd.readouterr().err
+    assert "_disk0: its process says: a front-end is here" in told
+
+
+def test_a_child_has_its_socket_and_its_file_and_nothing_else_of_ours(image: Path) -> None:
+    with driving(disk(image)) as driver:
+        folder = f"/proc/{child(driver).pid}/fd"
+        held = [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
+        files = {each for each in held if each.startswith("/") and "memfd:" not in each}
+        assert files == {"/dev/null", str(image)}
+        assert Path(f"/proc/{child(driver).pid}/environ").read_bytes() == b"LANG=C.UTF-8\0"
 
 
 SCRIPT = """
