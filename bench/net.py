@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.bench import Options, Row
-from support.host import PYTHON, ROOT, ScriptError
+from support.host import PYTHON, ROOT, ScriptError, say
 from support.host import run as run_command
 
 GOALS = ("bench",)
@@ -94,7 +94,15 @@ def _rows(case: Case, runs: int) -> list[Row]:
     figures: dict[str, list[Figure]] = {name: [] for name in measures}
     for _ in range(runs):
         for name, measure in measures.items():
-            figures[name].append(measure(case))
+            figure = measure(case)
+            if figure.packets:
+                figures[name].append(figure)
+            else:
+                say(f"{case.name}, {name}: starved, a run moved no packet and does not count")
+    if starved := [name for name, kept in figures.items() if not kept]:
+        raise ScriptError(
+            f"{case.name}: no run of {' and '.join(starved)} moved a packet: is this machine busy?"
+        )
     rows = []
     for peer in list(measures)[1:]:
         own, other = figures["pileus"], figures[peer]

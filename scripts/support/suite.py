@@ -33,6 +33,7 @@ RESULTS = CACHE / "results"
 GUEST_TIMEOUT = 40 * 60.0  # of one batch
 GUEST_PATIENCE = 7 * 60.0  # for the next result
 GUEST_MACHINES = 4  # for one batch
+NO_TESTS = 5  # pytest's status where none was left
 GUEST_BUDGET = 65 * 60.0  # of all batches: a run that takes longer says where it stood
 BATCH = "PILEUS_TEST_BATCH"  # the name of the only one to run
 # The files of each emulated machine: few enough to end before its buffer of translated code is full, of
@@ -121,6 +122,8 @@ def _lint(_: list[str]) -> Outcome:
             "env",
             "MYPYPATH=scripts",
             str(tools / "mypy"),
+            "--python-executable",
+            str(PYTHON),
             "--strict",
             *map(str, sorted(ROOT.glob("bench/*.py"))),
         ],
@@ -221,27 +224,33 @@ def _guest_batch(name: str, arguments: list[str], start: Callable[[list[str], Pa
     """
     # loadgroup: tests that share a guest run in one process.
     spread = ["-n", str(GUEST_WORKERS), "--dist", "loadgroup", "-v"]
-    outcome = Outcome()
-    ended: list[str] = []
-    failed: list[str] = []
-    for _ in range(GUEST_MACHINES):
-        rest = [word for test in ended for word in ("--deselect", test)]
-        log, status = _pytest(f"guest-{name}", start, [*spread, *rest, *arguments], folders=[])
-        outcome += log.outcome
-        failed += log.failed
-        if log.complete:
-            break
-        say(f"the emulated machine ended with status {status} under the batch {name}: another takes the rest")
-        ended += log.ended
-    else:
-        outcome.failed += 1
-        return outcome
-    if failed and not has_full_kvm():
-        say(f"failed in an emulated machine, and tried once more: {', '.join(failed)}")
-        again, status = _pytest(f"guest-{name}-again", start, [*spread, *failed], folders=[])
+    log, status = _until_ended(f"guest-{name}", start, [*spread, *arguments])
+    outcome = log.outcome
+    if log.complete and log.failed and not has_full_kvm():
+        say(f"failed in an emulated machine, and tried once more: {', '.join(log.failed)}")
+        again, status = _until_ended(f"guest-{name}-again", start, [*spread, *log.failed])
         outcome.passed += again.outcome.passed
         outcome.failed -= again.outcome.passed
     return _checked(outcome, status)
+
+
+def _until_ended(
+    tier: str, start: Callable[[list[str], Path], int], arguments: list[str]
+) -> "tuple[Log, int]":
+    """The tests of ``arguments``, in as many machines as it takes, up to a bound: those die now and then."""
+    total = Log()
+    for _ in range(GUEST_MACHINES):
+        rest = [word for test in total.ended for word in ("--deselect", test)]
+        log, status = _pytest(tier, start, [*rest, *arguments], folders=[])
+        total.outcome += log.outcome
+        total.ended += log.ended
+        total.failed += log.failed
+        if log.complete:
+            total.complete = True
+            return total, 0 if status == NO_TESTS and total.ended else status
+        say(f"the emulated machine ended with status {status} under {tier}: another takes the rest")
+    total.outcome.failed += 1
+    return total, status
 
 
 def _native(tier: str, arguments: list[str]) -> Outcome:

@@ -18,6 +18,7 @@ from tests.guest.guest import Guest
 NVME_CLASS, QEMU_VENDOR = "0x010802", "0x1b36"
 DEVICES = Path("/sys/bus/pci/devices")
 MEMORY = "size=512M"
+CMDLINE = "console=ttyS0 quiet pileus.modules=virtio"
 pytestmark = [pytest.mark.long, pytest.mark.needs("--device")]
 
 
@@ -57,12 +58,15 @@ def _write_and_verify(guest: Guest) -> None:
     assert guest.run("dd if=/dev/nvme0n1 bs=1M skip=1 count=4 iflag=direct 2>/dev/null | md5sum") == told
 
 
+@pytest.mark.parametrize("iommu", ["off", "on"])
 def test_a_controller_of_the_host_is_used_reset_and_used_after_a_reboot(
-    start: StartGuest, nvme: Path
+    start: StartGuest, nvme: Path, iommu: str
 ) -> None:
-    guest: Guest = start("--device", f"path={nvme},id=nvme", do="shell", memory=MEMORY)
+    option = f"path={nvme},id=nvme,iommu={iommu}"
+    guest: Guest = start("--device", option, do="shell", memory=MEMORY, cmdline=CMDLINE)
     guest.shell()
     _write_and_verify(guest)
+    assert bool(guest.run("ls /sys/kernel/iommu_groups")) == (iommu == "on")
     assert "nvme0q" in guest.run("grep nvme /proc/interrupts")
     guest.run("echo 1 >/sys/class/nvme/nvme0/reset_controller")
     _write_and_verify(guest)

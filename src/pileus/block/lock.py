@@ -1,9 +1,10 @@
 """Locks of image files between processes: one writer, or any number of readers.
 
 They are the very bytes that QEMU locks, so that ``qemu-img`` and other VMMs see them, and we see theirs. No
-lock ever makes another wait: each holder puts shared locks on one byte for every thing it does (at 100) and
+lock makes another wait: each holder puts shared locks on one byte for every thing it does (at 100) and
 on one for every thing that it cannot bear others to do (at 200), then looks whether somebody holds the
-counterpart. They go when the descriptor is closed, however its process ends.
+counterpart. They go when the descriptor is closed, however its process ends; where that had an io_uring the
+kernel does so a moment after the process is gone, hence PATIENCE.
 
 Source: QEMU, block/file-posix.c (what is locked), include/block/block-common.h (numbers of the permissions);
 fcntl(2), "Open file description locks".
@@ -12,6 +13,7 @@ fcntl(2), "Open file description locks".
 import fcntl
 import os
 import struct
+import time
 from errno import EINVAL, ENOLCK, EOPNOTSUPP
 
 from pileus import log
@@ -20,6 +22,7 @@ from pileus.errors import HostError
 DOES, FORBIDS = 100, 200  # offsets of the first byte of each kind
 CONSISTENT_READ, WRITE, RESIZE = 0, 1, 3  # what can be done or forbidden: more to add to these
 FLOCK = struct.Struct("@hhqqi0q")  # l_type, l_whence, l_start, l_len, l_pid
+PATIENCE, PAUSE = 0.5, 0.01  # seconds for a holder to go, and between looks
 UNSUPPORTED = (EINVAL, ENOLCK, EOPNOTSUPP)  # some network file systems
 
 
@@ -28,19 +31,27 @@ def lock(fd: int, path: str, *, readonly: bool) -> None:
     does = (CONSISTENT_READ,) if readonly else (CONSISTENT_READ, WRITE, RESIZE)
     forbids = (WRITE, RESIZE)  # a reader that does not see changes needs this as well
     try:
-        for byte in [*(DOES + each for each in does), *(FORBIDS + each for each in forbids)]:
-            _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)
-        taken = [each for each in does if _held(fd, FORBIDS + each)]
-        taken += [each for each in forbids if _held(fd, DOES + each)]
+        deadline = time.monotonic() + PATIENCE
+        while not (free := _try(fd, does, forbids)) and time.monotonic() < deadline:
+            time.sleep(PAUSE)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise HostError("lock", path, error) from error
         log.warning(f"{path}: its file system has no locks; nothing keeps another process from writing to it")
         return
-    if taken:
-        unlock(fd)
+    if not free:
         use = "it is in use by another process"
         raise HostError("open", path, use if not readonly else f"{use}, which writes to it")
+
+
+def _try(fd: int, does: tuple[int, ...], forbids: tuple[int, ...]) -> bool:
+    """Have the locks, or none of them where another is at odds. Raises OSError."""
+    for byte in [*(DOES + each for each in does), *(FORBIDS + each for each in forbids)]:
+        _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)
+    if any(_held(fd, FORBIDS + each) for each in does) or any(_held(fd, DOES + each) for each in forbids):
+        unlock(fd)
+        return False
+    return True
 
 
 def unlock(fd: int) -> None:

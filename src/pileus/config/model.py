@@ -191,6 +191,7 @@ class NetConfig(Struct):
     queue_size: int = field(Count(2, MAX_QUEUE_SIZE), "descriptors of each, a power of two", default=256)
     id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_netN")
     iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+    offload: bool = field(SWITCH, "serve it by a process of its own", default=False)
     offload_csum: bool = field(SWITCH, "leave checksums, and so all offloads, to the host", default=True)
     offload_tso: bool = field(SWITCH, "let large TCP packets through whole", default=True)
     offload_ufo: bool = field(SWITCH, "let large UDP packets through whole", default=True)
@@ -211,6 +212,7 @@ class DiskConfig(Struct):
         Printable(SERIAL_LIMIT), "serial number that the guest sees", default=None, default_help="none"
     )
     id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_diskN")
+    offload: bool = field(SWITCH, "serve it by a process of its own", default=False)
     image_type: str | None = field(
         Choice("raw", "qcow2"),
         "format of the image; a raw one that is not said to be raw keeps its guest from writing the first"
@@ -324,6 +326,11 @@ class UserDeviceConfig(Struct):
     )
 
 
+BehindIommu = (
+    ConsoleConfig | RngConfig | NetConfig | DiskConfig | VsockConfig | PmemConfig | DeviceConfig
+)  # what can be
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
@@ -367,7 +374,8 @@ class VmConfig(Struct):
         """Whether another process serves one of the devices, and so needs the guest's memory."""
         if self.fs or self.vhost_user_net or self.vhost_user_blk or self.user_devices:
             return True
-        return any(disk.vhost_user for disk in self.disks) or any(net.vhost_user for net in self.net)
+        devices: list[DiskConfig | NetConfig] = [*self.disks, *self.net]
+        return any(device.vhost_user or device.offload for device in devices)
 
     @property
     def has_iommu(self) -> bool:
@@ -375,14 +383,15 @@ class VmConfig(Struct):
         return any(struct.iommu for _, struct in self.iommu_choices)
 
     @property
-    def iommu_choices(
-        self,
-    ) -> "list[tuple[str, ConsoleConfig | RngConfig | NetConfig | DiskConfig | VsockConfig]]":
+    def iommu_choices(self) -> "list[tuple[str, BehindIommu]]":
         """All that can be behind the virtual IOMMU, with their options."""
         console = [] if self.console.mode == "off" else [("--console", self.console)]
         vsock = [] if self.vsock is None else [("--vsock", self.vsock)]
         disks = [("--disk", disk) for disk in self.disks]
-        return [*console, *disks, *(("--net", net) for net in self.net), ("--rng", self.rng), *vsock]
+        nets = [("--net", net) for net in self.net]
+        pmem = [("--pmem", pmem) for pmem in self.pmem]
+        devices = [("--device", device) for device in self.devices]
+        return [*console, *disks, *nets, ("--rng", self.rng), *vsock, *pmem, *devices]
 
 
 class CoredumpConfig(Struct):

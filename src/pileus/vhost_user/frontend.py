@@ -10,7 +10,7 @@ import socket
 
 from pileus.errors import LocalProtocolError, RemoteProtocolError
 from pileus.vhost_user import protocol
-from pileus.vhost_user.connection import Connection, close_all
+from pileus.vhost_user.connection import TIMEOUT, Connection, close_all
 from pileus.vhost_user.protocol import Feature, Message, Request
 
 TYPE_CHECKING = False
@@ -97,9 +97,12 @@ class Frontend:
     def has(self, feature: Feature) -> bool:
         return feature in self.protocol_features
 
-    def negotiate(self, wanted: int = UNDERSTOOD) -> None:
-        """Learn what the back-end can, and agree on protocol features: unknown ones count as absent."""
-        self._channel.allow()
+    def negotiate(self, wanted: int = UNDERSTOOD, patience: float = TIMEOUT) -> None:
+        """Learn what the back-end can, and agree on protocol features: unknown ones count as absent.
+
+        It gets ``patience`` seconds for that.
+        """
+        self._channel.allow(patience)
         self._tell(Request.SET_OWNER)
         self.features = self._number(Request.GET_FEATURES)
         if self.features & protocol.PROTOCOL_FEATURES:

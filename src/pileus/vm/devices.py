@@ -32,7 +32,7 @@ def make(
         cleanup.call(console.disconnect)
         yield _behind(config.console.iommu, port)
     for index, disk in enumerate(config.disks):
-        if disk.vhost_user:
+        if disk.vhost_user or disk.offload:
             from pileus.vm import vhost_user_devices
 
             yield cleanup.own(vhost_user_devices.open_disk(disk, index, loop))
@@ -41,7 +41,7 @@ def make(
 
         yield _behind(disk.iommu, cleanup.own(open_disk(disk, index)))
     for index, net in enumerate(config.net):
-        if net.vhost_user:
+        if net.vhost_user or net.offload:
             from pileus.vm import vhost_user_devices
 
             yield cleanup.own(vhost_user_devices.open_net(net, index, loop))
@@ -56,11 +56,12 @@ def make(
         from pileus.virtio.devices.balloon import make_balloon
 
         yield cleanup.own(make_balloon(config.balloon))
-    for memory in persistent:
+    for memory, pmem in zip(persistent, config.pmem, strict=False):
         if not memory.nvdimm:
             from pileus.virtio.devices.pmem import Pmem
 
-            yield cleanup.own(Pmem(memory.name, memory.gpa, memory.size, memory.sync))
+            device = cleanup.own(Pmem(memory.name, memory.gpa, memory.size, memory.sync))
+            yield _behind(pmem.iommu, device)
     if config.fs or config.vhost_user_net or config.vhost_user_blk:
         from pileus.vm import vhost_user_devices
 

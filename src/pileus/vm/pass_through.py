@@ -17,18 +17,33 @@ def add(
     slots: "Slots",
     loop: "Loop",
 ) -> None:
-    """Put each into a slot of ``carrier``, a PCI bus. Raises PileusError where one cannot be had."""
+    """Put each into a slot of ``carrier``, a PCI bus. Raises PileusError where one cannot be had.
+
+    A device behind the virtual IOMMU has a container to itself, which follows its domain.
+    """
     from pileus.vm.pci_devices import PciDevices
 
     assert isinstance(carrier, PciDevices), "config.check refuses such devices without PCI"
-    if config.devices:
-        from pileus.vfio.container import Container
-        from pileus.vfio.device import HostDevice
+    from pileus.vfio.container import Container
+    from pileus.vfio.device import HostDevice
 
-        container = carrier.own(Container(memory))
-        for index, device in enumerate(config.devices):
-            name = device.id or f"_vfio{index}"
-            carrier.pass_through(HostDevice(container, device.path, name), slots, loop)
+    shared: Container | None = None  # of all that see the memory where the guest does
+    for index, device in enumerate(config.devices):
+        container = shared
+        if container is None or device.iommu:
+            container = carrier.own(Container(memory))
+        host = HostDevice(container, device.path, device.id or f"_vfio{index}")
+        if device.iommu:
+            carrier.pass_through(host, slots, loop, container)
+            continue
+        if shared is None:
+            shared = container
+            try:
+                shared.open_all()
+            except BaseException:
+                host.close()
+                raise
+        carrier.pass_through(host, slots, loop)
     for index, user in enumerate(config.user_devices):
         from pileus.vfio_user.client import Client, connect
 

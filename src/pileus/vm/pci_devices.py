@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pileus.vfio.backend import Backend, Slots, Watcher
     from pileus.virtio.device import VirtioDevice
     from pileus.virtio.devices.iommu import IommuDevice
+    from pileus.virtio.host_spaces import HostSpace
 
 
 class PciDevices:
@@ -64,8 +65,13 @@ class PciDevices:
         """Close ``thing`` after the devices that are added from now on."""
         return self._cleanup.own(thing)
 
-    def pass_through(self, backend: "Backend", slots: "Slots", loop: "Watcher") -> None:
-        """Let the guest have the device of ``backend`` in the next slot. Raises ConfigError likewise."""
+    def pass_through(
+        self, backend: "Backend", slots: "Slots", loop: "Watcher", space: "HostSpace | None" = None
+    ) -> None:
+        """Let the guest have the device of ``backend`` in the next slot. Raises ConfigError likewise.
+
+        ``space`` is what it sees of memory, where it is behind the IOMMU. Raises HostError then.
+        """
         from pileus.vfio.function import PassThrough
 
         try:
@@ -75,7 +81,10 @@ class PciDevices:
             raise
         gsi = layout.GSI_PCI_PIN + slot % layout.PCI_PINS
         function = self._cleanup.own(PassThrough(backend, self._routes, self._vm, slots, loop, gsi))
-        self.bus.add(function, slot)
+        bdf = self.bus.add(function, slot) << 3
+        if space is not None and (iommu := self._iommu) is not None:
+            iommu.add_host_device(bdf, backend.name, space)
+            self._cleanup.call(lambda: iommu.forget_host_device(bdf))
         function.placed(lambda: self.bus.decode(function))
         if function.gsi is not None:
             self._pins.append((slot, function.gsi))

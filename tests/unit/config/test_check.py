@@ -184,9 +184,6 @@ BAD = {
     "--device path=/p/: it is given twice": VmConfig(
         devices=[DeviceConfig(path="/p"), DeviceConfig(path="/p/")]
     ),
-    "--device iommu=on: there is no virtual IOMMU yet": VmConfig(
-        devices=[DeviceConfig(path="/p", iommu=True)]
-    ),
     "--balloon size=0: the host cannot have memory back while --device lets a device of the host"
     " reach all of it": VmConfig(devices=[DeviceConfig(path="/p")], balloon=BalloonConfig()),
     "--net ip=fd00::1,mask=255.0.0.0: ip and mask are both of IPv4 or both of IPv6": VmConfig(

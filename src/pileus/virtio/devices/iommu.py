@@ -13,6 +13,7 @@ from pileus.errors import GuestError
 from pileus.memory._iommu import Iommu
 from pileus.virtio import ids
 from pileus.virtio.device import VirtioDevice
+from pileus.virtio.host_spaces import HostSpaces
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from pileus.memory._iommu import Domain
     from pileus.virtio.device import State
+    from pileus.virtio.host_spaces import HostSpace
     from pileus.virtio.queue import Chain
 
     Handler = Callable[["IommuDevice", tuple[int, ...]], int]
@@ -45,6 +47,7 @@ PHYS_LAST = (1 << 52) - 1  # no x86 has more
 
 T_ATTACH, T_DETACH, T_MAP, T_UNMAP, T_PROBE = range(1, 6)
 OK, _IOERR, UNSUPP, DEVERR, INVAL, RANGE, NOENT, _FAULT, NOMEM = range(9)  # how a request ends
+STATUS = {0: OK, -errno.EEXIST: INVAL, -errno.ENOMEM: NOMEM, -errno.ENOSPC: NOMEM}
 TAIL = struct.Struct("<B3x")
 MAX_REQUEST = 128  # bytes that the device reads; all are shorter
 PROBE_SIZE = 64
@@ -63,7 +66,7 @@ FAULT_ADDRESS = 1 << 8
 class IommuDevice(VirtioDevice):
     """The driver's side of ``iommu``. ``bypass`` holds until the driver says otherwise.
 
-    ``add`` puts a device behind it.
+    ``add`` puts a device of virtio behind it, ``add_host_device`` one that passes through.
     """
 
     id = ids.IOMMU
@@ -75,15 +78,30 @@ class IommuDevice(VirtioDevice):
         self.core = Iommu(bypass)
         self.core.fault_fd = self.queues[EVENTQ].kick_fd  # the control loop reports what is noted
         self._requests = 0
+        self._spaces = HostSpaces(self.core)
         self._set_bypass(bypass)
 
     def add(self, device: VirtioDevice, number: int) -> None:
         """Translate the addresses of ``device``; ``number`` is what its driver knows it by: a BDF."""
         device.iommu = self.core.add_endpoint(number, device.name)
 
+    def add_host_device(self, number: int, name: str, space: "HostSpace") -> None:
+        """Let ``space``, which is empty, follow what endpoint ``number`` is told. Raises HostError."""
+        with self.lock:
+            self._spaces.add(self.core.add_endpoint(number, name), space)
+            self._set_bypass(self.bypass)
+
+    def forget_host_device(self, number: int) -> None:
+        """Its space is touched no more."""
+        with self.lock:
+            self._spaces.forget(number)
+
     def reset(self) -> None:
         """No endpoint is in a domain any more (5.13.5); ``bypass`` stays (5.13.4.2)."""
+        attached = [endpoint for endpoint in self.core.endpoints.values() if endpoint.domain is not None]
         self.core.reset()
+        for endpoint in attached:
+            self._spaces.follow(endpoint)
 
     def close(self) -> None:
         self.core.fault_fd = -1
@@ -110,8 +128,17 @@ class IommuDevice(VirtioDevice):
             self._set_bypass(bool(data[BYPASS - offset]))
 
     def _set_bypass(self, bypass: bool) -> None:
+        changed = self.core.bypass != bypass
         self.core.bypass = bypass
-        self.config = CONFIG.pack(PAGE_SIZES, 0, INPUT_LAST, 0, DOMAIN_LAST, PROBE_SIZE, bypass)
+        self.config = CONFIG.pack(PAGE_SIZES, 0, self._input_last, 0, DOMAIN_LAST, PROBE_SIZE, bypass)
+        for endpoint in self.core.endpoints.values() if changed else ():
+            if endpoint.domain is None:
+                self._spaces.follow(endpoint)
+
+    @property
+    def _input_last(self) -> int:
+        """The last address that a device behind this can use."""
+        return min(INPUT_LAST, self._spaces.last)
 
     def _has(self, feature: int) -> bool:
         return self.driver_features & feature == feature
@@ -177,8 +204,13 @@ class IommuDevice(VirtioDevice):
             return RANGE
         if domain is not None and domain.bypass != bypass:
             return INVAL
+        if endpoint.domain is not None and endpoint.domain.number == number:
+            return OK
         self.core.attach(endpoint, number, bypass)
-        return OK
+        result = self._spaces.follow(endpoint)
+        if result:
+            self.core.detach(endpoint)
+        return STATUS.get(result, DEVERR)
 
     def _detach(self, fields: tuple[int, ...]) -> int:
         number, endpoint_number = fields
@@ -188,6 +220,7 @@ class IommuDevice(VirtioDevice):
         if endpoint.domain is None or endpoint.domain.number != number:
             return INVAL
         self.core.detach(endpoint)
+        self._spaces.follow(endpoint)
         return OK
 
     def _map(self, fields: tuple[int, ...]) -> int:
@@ -197,14 +230,16 @@ class IommuDevice(VirtioDevice):
         domain = self._domain(number)
         if isinstance(domain, int):
             return domain
-        if first > last or last > INPUT_LAST or gpa + (last - first) > PHYS_LAST:
+        if first > last or last > self._input_last or gpa + (last - first) > PHYS_LAST:
             return RANGE
         if first % PAGE or gpa % PAGE or (last + 1) % PAGE:
             return RANGE
         if first <= MSI_LAST and last >= MSI_FIRST:
             return INVAL
         result = self.core.map(domain, first, last, gpa, flags)
-        return {0: OK, -errno.EEXIST: INVAL, -errno.ENOMEM: NOMEM}.get(result, DEVERR)
+        if not result and (result := self._spaces.map(domain, first, last, gpa, flags)):
+            self.core.unmap(domain, first, last)
+        return STATUS.get(result, DEVERR)
 
     def _unmap(self, fields: tuple[int, ...]) -> int:
         number, first, last = fields
@@ -213,7 +248,10 @@ class IommuDevice(VirtioDevice):
             return domain
         if first > last:
             return RANGE
-        return OK if self.core.unmap(domain, first, last) >= 0 else RANGE
+        if self.core.unmap(domain, first, last) < 0:
+            return RANGE
+        self._spaces.unmap(domain, first, last)
+        return OK
 
     def _domain(self, number: int) -> "Domain | int":
         """The domain to map in, or why nothing can be mapped there."""
@@ -271,6 +309,7 @@ class IommuDevice(VirtioDevice):
             if endpoint is None or endpoint.domain is not None or not 0 <= number <= DOMAIN_LAST:
                 raise ValueError(f"{self.name}: no endpoint {endpoint_number:#x} can be in domain {number}")
             self.core.attach(endpoint, number, bool(saved["bypass"]))
+            self._spaces.follow(endpoint)
         for first, last, gpa, flags in saved["mappings"]:
             if self._map((number, first, last, gpa, flags)) != OK:
                 raise ValueError(f"{self.name}: nothing can be mapped to {first:#x}-{last:#x}")

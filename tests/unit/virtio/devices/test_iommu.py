@@ -1,5 +1,6 @@
 """The virtual IOMMU by its requests, and what it keeps devices from."""
 
+import errno
 import os
 import struct
 import threading
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pileus.config.model import DiskConfig
+from pileus.errors import HostError
 from pileus.memory._iommu import Endpoint, Iommu
 from pileus.testing import F_INDIRECT, F_WRITE, FakeDriver, Used
 from pileus.testing.memory import PAGE
@@ -682,3 +684,130 @@ def test_unmapping_under_load_is_safe(disk: FakeDriver) -> None:
     assert good >= 100
     assert bad >= 3
     assert disk.status == READY
+
+
+# -- devices of the host ---------------------------------------------------------------------------------
+
+HOST_DEVICE = 0x18
+ALL = [(0, 0xFFFF, 0, READ | WRITE)]
+
+
+class FakeSpace:
+    """Remembers what it sees, by the rules of the kernel; ``room`` mappings fit in."""
+
+    def __init__(self, last: int = (1 << 39) - 1, room: int = 100) -> None:
+        self.last = last
+        self.room = room
+        self.seen: list[tuple[int, int, int, int]] = []
+        self.locked = True
+
+    def open_all(self) -> None:
+        assert not self.seen
+        if not self.locked:
+            raise HostError("map", "guest memory", "no")
+        self.seen = list(ALL)
+
+    def map(self, first: int, last: int, gpa: int, access: int) -> None:
+        assert all(last < other[0] or first > other[1] for other in self.seen)
+        if len(self.seen) == self.room:
+            raise OSError(errno.ENOSPC, "full")
+        self.seen.append((first, last, gpa, access))
+
+    def unmap(self, first: int, last: int) -> None:
+        inside = [each for each in self.seen if first <= each[0] and each[1] <= last]
+        outside = [each for each in self.seen if last < each[0] or first > each[1]]
+        assert len(inside) + len(outside) == len(self.seen), "a mapping would be cut"
+        self.seen = outside
+
+
+@pytest.fixture
+def space(guest: Guest) -> FakeSpace:
+    space = FakeSpace()
+    guest.iommu.add_host_device(HOST_DEVICE, "nvme", space)
+    return space
+
+
+def test_a_device_of_the_host_sees_all_or_what_its_domain_maps(guest: Guest, space: FakeSpace) -> None:
+    assert space.seen == ALL  # bypass, until the driver says otherwise
+    assert guest.attach(1, HOST_DEVICE) == OK
+    assert space.seen == []
+    assert guest.map(1, 0x10000, 0x1FFFF, 0x40000) == OK
+    assert guest.map(1, 0x20000, 0x20FFF, 0x90000, READ) == OK
+    assert space.seen == [(0x10000, 0x1FFFF, 0x40000, READ | WRITE), (0x20000, 0x20FFF, 0x90000, READ)]
+    assert guest.unmap(1, 0x18000, 0x20FFF) == RANGE
+    assert len(space.seen) == 2
+    assert guest.unmap(1, 0, (1 << 64) - 1) == OK
+    assert space.seen == []
+    assert guest.map(1, 0x10000, 0x1FFFF, 0x40000) == OK
+    assert guest.detach(1, HOST_DEVICE) == OK
+    assert space.seen == ALL
+
+
+def test_a_device_of_the_host_takes_the_mappings_of_a_domain_that_is_there(
+    guest: Guest, space: FakeSpace
+) -> None:
+    assert guest.attach(1, DISK) == OK
+    assert guest.map(1, 0x10000, 0x1FFFF, 0x40000) == OK
+    assert space.seen == ALL
+    assert guest.attach(1, HOST_DEVICE) == OK
+    assert space.seen == [(0x10000, 0x1FFFF, 0x40000, READ | WRITE)]
+    assert guest.attach(1, HOST_DEVICE) == OK
+    assert len(space.seen) == 1
+    assert guest.attach(2, HOST_DEVICE, 1) == OK  # a domain that bypasses
+    assert space.seen == ALL
+    guest.iommu.reset()
+    assert space.seen == ALL
+    assert guest.attach(3, HOST_DEVICE) == OK
+    guest.iommu.reset()
+    assert space.seen == ALL
+
+
+def test_no_bypass_leaves_a_device_of_the_host_without_memory(guest: Guest, space: FakeSpace) -> None:
+    guest.iommu.write_config(BYPASS, b"\0")
+    assert space.seen == []
+    assert guest.attach(1, HOST_DEVICE) == OK
+    guest.iommu.write_config(BYPASS, b"\1")
+    assert space.seen == []  # it is in a domain
+    assert guest.detach(1, HOST_DEVICE) == OK
+    assert space.seen == ALL
+    space.locked = False
+    guest.iommu.write_config(BYPASS, b"\0")
+    guest.iommu.write_config(BYPASS, b"\1")
+    assert space.seen == []  # the host refuses: better nothing than half
+
+
+def test_what_the_host_has_no_room_for_is_not_mapped_at_all(guest: Guest, space: FakeSpace) -> None:
+    space.room = 1
+    assert guest.attach(1, DISK) == guest.attach(1, HOST_DEVICE) == OK
+    assert guest.map(1, 0x10000, 0x1FFFF, 0x40000) == OK
+    assert guest.map(1, 0x20000, 0x2FFFF, 0x50000) == NOMEM
+    assert len(space.seen) == 1
+    endpoint = guest.iommu.core.endpoints[DISK]
+    assert isinstance(endpoint.translate(0x20000, READ), int)
+    assert guest.attach(2, DISK) == OK
+    assert guest.map(2, 0x10000, 0x1FFFF, 0x40000) == guest.map(2, 0x20000, 0x2FFFF, 0x40000) == OK
+    assert guest.attach(2, HOST_DEVICE) == NOMEM
+    assert guest.iommu.core.endpoints[HOST_DEVICE].domain is None
+    assert space.seen == []
+
+
+def test_only_what_the_host_s_iommu_reaches_can_be_mapped(guest: Guest, space: FakeSpace) -> None:
+    assert struct.unpack_from("<Q", guest.iommu.config, 16) == (space.last,)
+    assert guest.attach(1, DISK) == OK
+    assert guest.map(1, space.last - 0xFFF, space.last, 0) == OK
+    assert guest.map(1, space.last + 1, space.last + 0x1000, 0) == RANGE
+
+
+def test_a_space_that_has_gone_is_left_alone(guest: Guest, space: FakeSpace) -> None:
+    guest.iommu.forget_host_device(HOST_DEVICE)
+    assert guest.attach(1, HOST_DEVICE) == OK
+    assert space.seen == ALL
+
+
+def test_the_state_of_a_device_of_the_host_is_restored(guest: Guest, space: FakeSpace) -> None:
+    guest.attach(1, HOST_DEVICE)
+    guest.map(1, 0x10000, 0x1FFFF, 0x40000)
+    state = guest.iommu.state()
+    guest.iommu.reset()
+    guest.iommu.restore(state)
+    assert space.seen == [(0x10000, 0x1FFFF, 0x40000, READ | WRITE)]

@@ -657,7 +657,8 @@ def test_the_mtu_is_set_and_told(host: Namespace) -> None:
     ],
 )
 def test_offloads_can_be_withheld(host: Namespace, switch: str, gone: int) -> None:
-    card = Card(**{switch: False})
+    withheld: dict[str, Any] = {switch: False}
+    card = Card(**withheld)
     assert card.driver.offered & gone == 0
     card.close()
 
