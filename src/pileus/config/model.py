@@ -378,6 +378,11 @@ class VmConfig(Struct):
         return any(device.vhost_user or device.offload for device in devices)
 
     @property
+    def has_offloaded(self) -> bool:
+        """Whether a device is to have a process of its own, which pileus starts."""
+        return any(disk.offload for disk in self.disks) or any(net.offload for net in self.net)
+
+    @property
     def has_iommu(self) -> bool:
         """Whether a device is to be behind the virtual IOMMU, and so whether there is one."""
         return any(struct.iommu for _, struct in self.iommu_choices)

@@ -61,12 +61,22 @@ class Child:
         self._loop = loop
         self._done = done
         self._pid = 0
+        self._closed = False
+        self._ready: socket.socket | None = None  # the connection to a child that has begun already
         self._messages = -1  # where they are read
         self._begun = b""  # of a message
         self._status = 0  # that the last child ended with, as waitpid has it
 
+    def begin(self) -> None:
+        """Start a child for the first ``attempt``, so that it gets ready meanwhile. Raises HostError."""
+        self._ready = self._start()
+
     def attempt(self) -> "socket.socket":
         """A connection to a new child; the one before is gone. Raises HostError."""
+        ready, self._ready = self._ready, None
+        return ready or self._start()
+
+    def _start(self) -> "socket.socket":
         self._log_all(self._end(0))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -98,7 +108,12 @@ class Child:
         return told or (f"signal {-code} ended it" if code < 0 else f"it ended with status {code}")
 
     def close(self) -> None:
-        """The connection is closed: wait for the child to end."""
+        """The connection is closed: wait for the child to end. Closing twice is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._ready is not None:
+            self._ready.close()
         self._log_all(self._end(GRACE_MS))
         self._done()
 

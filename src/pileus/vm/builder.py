@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pileus.kvm import Kvm, Vcpu
     from pileus.virtio.device import VirtioDevice
     from pileus.vm.mmio_devices import MmioDevices
+    from pileus.vm.offloaded import Offloaded
     from pileus.vm.pci_devices import PciDevices
     from pileus.vm.persistent import PersistentMemory
     from pileus.vm.vm import Loop
@@ -106,6 +107,7 @@ class _Builder:
 
     def build(self) -> Vm:
         topology = topology_of(self.config.cpus, self.kvm)
+        self.offloaded = self._begin_offloaded()
         self.vm = self.cleanup.own(self.kvm.create_vm())
         memory = self._add_memory()
         long_apic_ids = topology.apic_id(self.config.cpus.max - 1) > LAST_SHORT_APIC_ID
@@ -121,6 +123,13 @@ class _Builder:
             for index, vcpu in enumerate(vcpus)
         ]
         return Vm(memory, threads, (self.ports, self.mmio), self.cleanup, self.devices, self.ged)
+
+    def _begin_offloaded(self) -> "Offloaded | None":
+        if not self.config.has_offloaded:
+            return None
+        from pileus.vm.offloaded import Offloaded
+
+        return Offloaded(self.config, self.loop, self.cleanup)
 
     def _add_memory(self) -> GuestMemory:
         ranges = layout.ram_ranges(self.config.memory.size)
@@ -186,7 +195,9 @@ class _Builder:
 
     def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
-        made = devices.make(self.config, self.cleanup, self.virtio_console, self.loop, self.persistent)
+        made = devices.make(
+            self.config, self.cleanup, self.virtio_console, self.loop, self.persistent, self.offloaded
+        )
         self.devices = [*made, *(self.cleanup.own(make()) for make in self.more)]
         carrier = self._carrier(memory)
         for device in self.devices:
