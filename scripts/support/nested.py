@@ -15,14 +15,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from support import apt, guests, initramfs, kernel_image
+from support import apt, emulator, guests, initramfs, kernel_image
 from support.host import CACHE, ScriptError, digest, has_full_kvm, kvm_flavour, say
 
 TIMED_OUT = 124  # as timeout(1)
+LOOK_AGAIN = 2.0  # seconds
 L1 = Path(__file__).parent / "l1"
 BOOT_MODULES = ["virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "kvm_amd"]
 CMDLINE = (
@@ -99,8 +101,12 @@ def run_nested(
     append: str = "",
     always: bool = False,
     verbose: bool = False,
+    progress: tuple[Path, float] | None = None,
 ) -> int:
-    """Run ``command`` where a full KVM exists and return its exit status, 124 after ``timeout`` seconds."""
+    """Run ``command`` where a full KVM exists and return its exit status, 124 after ``timeout`` seconds.
+
+    ``progress`` is a file, and the seconds after which an emulated machine is killed if that does not grow.
+    """
     if has_full_kvm() and not always:
         return _run_here(command, timeout)
     from support.setup import setup
@@ -117,9 +123,9 @@ def run_nested(
     archive.file("job", _job(command).encode(), 0o644)
     parameters = f"{CMDLINE} {append} pileus.modules={','.join(modules or [])}"
     arguments = [
-        "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot",
+        str(emulator.fetch()), "-nodefaults", "-no-user-config", "-no-reboot",
         "-display", "none", "-vga", "none",
-        "-machine", machine, "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max",
+        "-machine", machine, "-accel", "tcg,thread=multi,tb-size=2047", "-cpu", "max",
         "-smp", str(cpus), "-m", memory,
         "-kernel", str(kernel), "-append", parameters,
         "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
@@ -127,7 +133,7 @@ def run_nested(
         "-device", "virtio-rng-pci", "-device", "virtio-serial-pci",
         *devices, *(qemu or []),
     ]  # fmt: skip
-    return _Emulator(arguments, base + archive.finish(), verbose).run(timeout)
+    return _Emulator(arguments, base + archive.finish(), verbose).run(timeout, progress)
 
 
 def _run_here(command: list[str], timeout: float | None) -> int:
@@ -167,7 +173,7 @@ def _boot_files() -> tuple[Path, bytes]:
 
 def _base_archive(image: Path) -> bytes:
     archive = initramfs.Cpio()
-    for directory in ("dev", "proc", "sys", "host", "upper", "root", "tmp"):
+    for directory in ("copy", "dev", "proc", "sys", "host", "upper", "root", "tmp"):
         archive.directory(directory)
     archive.console("dev/console")
     initramfs.add_busybox(archive)
@@ -221,11 +227,11 @@ class _Emulator:
         self._status = bytearray()
         self._pumps: list[threading.Thread] = []
 
-    def run(self, timeout: float | None) -> int:
+    def run(self, timeout: float | None, progress: tuple[Path, float] | None) -> int:
         previous = signal.signal(signal.SIGTERM, _interrupt)
         process = self._start()
         try:
-            return self._wait(process, timeout)
+            return self._wait(process, timeout, progress)
         finally:
             process.kill()
             process.wait()
@@ -263,17 +269,35 @@ class _Emulator:
         self._pumps.append(pump)
         return writer
 
-    def _wait(self, process: subprocess.Popen[bytes], timeout: float | None) -> int:
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            say(f"nested: still running after {timeout:g} s, killed")
-            return TIMED_OUT
+    def _wait(
+        self, process: subprocess.Popen[bytes], timeout: float | None, progress: tuple[Path, float] | None
+    ) -> int:
+        started = changed = time.monotonic()
+        size = -1
+        while True:
+            try:
+                process.wait(LOOK_AGAIN if progress or timeout else None)
+                break
+            except subprocess.TimeoutExpired:
+                now = time.monotonic()
+            if timeout and now - started > timeout:
+                say(f"nested: still running after {timeout:g} s, killed")
+                return TIMED_OUT
+            if progress:
+                path, patience = progress
+                if path.stat().st_size != size:
+                    size, changed = path.stat().st_size, now
+                elif now - changed > patience:
+                    say(f"nested: nothing new for {patience:g} s, killed")
+                    return TIMED_OUT
         for pump in self._pumps:
             pump.join()
         if not self._status.strip():
             tail = self._console.decode(errors="replace").splitlines()[-25:]
-            raise ScriptError("the emulated machine ended before the command did:\n" + "\n".join(tail))
+            raise ScriptError(
+                f"the emulated machine ended, with status {process.returncode}, before the command did:\n"
+                + "\n".join(tail)
+            )
         return int(self._status)
 
 

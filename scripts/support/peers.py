@@ -1,18 +1,7 @@
-"""Programs of Debian 13 that tests talk to: unpacked into .cache/peers, beside the libraries they need.
+"""Programs of Debian 13 that tests talk to: .cache/peers/bin has a script that starts each."""
 
-They run under their own suite's loader, so nothing of the host's system is touched, and no root is needed.
-.cache/peers/bin has a script that starts each.
-"""
+from support import foreign
 
-import shlex
-import shutil
-from pathlib import Path
-
-from support import apt
-from support.host import CACHE, digest, only_one, say
-
-PEERS = CACHE / "peers"
-SUITE = "trixie"
 # What dpdk-testpmd is linked with, and two drivers: the 200 packages it depends on are too many.
 DPDK = [
     "bitratestats25", "bpf25", "bus-auxiliary25", "bus-dpaa25", "bus-pci25", "bus-vdev25",
@@ -41,31 +30,10 @@ PROGRAMS = {
     "passt": "usr/bin/passt",
     "dpdk-testpmd": "usr/bin/dpdk-testpmd",
 }
-LIBRARIES = "usr/lib/x86_64-linux-gnu"
-LOADER = f"{LIBRARIES}/ld-linux-x86-64.so.2"
+_UNPACKED = foreign.Unpacked("peers", {"trixie": PACKAGES}, PROGRAMS)
+PEERS = _UNPACKED.folder
 
 
-def fetch(*, refresh: bool = False) -> None:
+def fetch() -> None:
     """Have all programs in .cache/peers; what is there is kept."""
-    recipe = digest([Path(__file__).read_bytes()])
-    stamp = PEERS / "recipe"
-    with only_one("peers"):
-        if not refresh and stamp.exists() and stamp.read_text() == recipe:
-            return
-        say(f"setup: fetching {', '.join(PROGRAMS)} of Debian {SUITE}")
-        archive = apt.Archive(SUITE, CACHE / "apt" / SUITE)
-        archive.update()
-        shutil.rmtree(PEERS, ignore_errors=True)
-        archive.unpack(PACKAGES, PEERS)
-        for name, path in PROGRAMS.items():
-            _write_starter(name, path)
-        stamp.write_text(recipe)
-
-
-def _write_starter(name: str, path: str) -> None:
-    words = [PEERS / LOADER, "--library-path", PEERS / LIBRARIES, PEERS / path]
-    starter = PEERS / "bin" / name
-    starter.parent.mkdir(exist_ok=True)
-    modules = f"export QEMU_MODULE_DIR={shlex.quote(str(PEERS / LIBRARIES / 'qemu'))}\n"
-    starter.write_text(f'#!/bin/sh\n{modules}exec {shlex.join(map(str, words))} "$@"\n')
-    starter.chmod(0o755)
+    _UNPACKED.fetch(variables={"QEMU_MODULE_DIR": f"{PEERS / foreign.LIBRARIES}/qemu"})

@@ -21,12 +21,21 @@ from support import apt
 from support.host import PYTHON, ROOT, TOOLS, VENV, digest, has_full_kvm, only_one, run, say, stamp, stamped
 
 PACKAGES = {
-    "build": ["python3-dev", "python3-venv", "build-essential", "liburing-dev", "zlib1g-dev", "libzstd-dev"],
+    "build": ["python3-dev", "python3-venv", "build-essential", "zlib1g-dev", "libzstd-dev"],
     "guest": ["busybox-static", "e2fsprogs", "kmod", "xz-utils", "zstd"],
     "system": ["mmdebstrap", "e2fsprogs", "openssh-client", "xfsprogs"],
-    # Version 10 of QEMU: with 7.2 as the outer emulator 3 nested guests of 20 crashed, with 10.0 none of 53.
-    "nested": ["qemu-system-x86>=10", "kmod", "busybox-static", "xz-utils", "zstd", "lz4"],
-    "test": ["acpica-tools", "git", "iperf3", "iproute2", "iputils-ping", "qemu-utils>=10", "socat"],
+    "nested": ["kmod", "busybox-static", "xz-utils", "zstd", "lz4"],
+    "test": [
+        "acpica-tools",
+        "curl",
+        "gdb",
+        "git",
+        "iperf3",
+        "iproute2",
+        "iputils-ping",
+        "qemu-utils>=10",
+        "socat",
+    ],
     "bench": ["qemu-system-x86>=10", "qemu-utils>=10", "iproute2"],
 }
 NEEDS = {  # a goal and the goals it rests on
@@ -43,7 +52,9 @@ TOOL_REQUIREMENTS = {
 }
 VENV_REQUIREMENTS = {
     "test": [
+        "drgn>=0.0.30",
         "pytest>=8,<9.2",  # with 9.2 xdist groups nothing (its issue 1386): shared guests would boot twice
+        "pytest-reportlog>=0.4",
         "pytest-xdist>=3",
         "hypothesis>=6.100",
         "openapi-spec-validator>=0.7",
@@ -90,8 +101,9 @@ def setup(*goals: str) -> None:
 
             system.build()
         if "nested" in wanted and not has_full_kvm():
-            from support import guests
+            from support import emulator, guests
 
+            emulator.fetch()
             guests.fetch_host_kernel()
 
 

@@ -10,6 +10,7 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,7 +140,7 @@ class Guest:
 
     def expect(self, pattern: str, timeout: float = TIMEOUT) -> str:
         """Wait for the regular expression after what was matched last; return the text up to its end."""
-        return self.console.expect(pattern, timeout)
+        return self.console.expect(pattern, timeout, lambda: self.process.poll() is not None)
 
     def expect_log(self, text: str, timeout: float = TIMEOUT) -> str:
         """Wait until the log holds ``text``; return the log."""
@@ -226,20 +227,26 @@ class Reader:
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
-    def expect(self, pattern: str, timeout: float) -> str:
+    def expect(self, pattern: str, timeout: float, silent: Callable[[], bool] = lambda: False) -> str:
+        """See Guest.expect; ``silent`` returns whether nobody writes any more."""
         deadline = time.monotonic() + timeout
         wanted = re.compile(pattern)
         with self._news:
             while True:
+                last = silent()  # before the look: what was written before is found by it, or drained
+                if last:
+                    self._news.release()
+                    self.drain()
+                    self._news.acquire()
                 if found := wanted.search(self._text, self._position):
                     text = self._text[self._position : found.end()]
                     self._position = found.end()
                     return text
                 left = deadline - time.monotonic()
-                if self._ended or left <= 0:
-                    why = "output ended" if self._ended else f"not within {timeout:g} s"
+                if self._ended or last or left <= 0:
+                    why = "output ended" if self._ended or last else f"not within {timeout:g} s"
                     raise NotSeenError(f"{pattern!r}: {why}; what came:\n{self._text[-4000:]}")
-                self._news.wait(left)
+                self._news.wait(min(left, 1.0))
 
     def drain(self) -> None:
         """Read what is left after the writer's end, without waiting for more."""

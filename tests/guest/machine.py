@@ -7,6 +7,7 @@ from tests.guest.system import Network, System
 
 MIB = 1 << 20
 PAIRS = 2  # of queues of the second network interface
+MEMORY_MIB = 768
 BALLOON_MIB = 64
 PATTERN_AT = 5 * MIB  # where the image behind the QCOW2 disk holds PATTERN
 PATTERN = b"what lies in the backing file\n" * 1000
@@ -35,9 +36,10 @@ class Machine(System):
             folder,
             pci=pci,
             cpus="2",
-            memory="size=768M",
+            memory=f"size={MEMORY_MIB}M",
             disks=tuple(f"path={_image(folder, name)},serial={name}{keys}" for name, keys in DISKS.items()),
             network_keys={self.pairs.number: f",num_queues={2 * PAIRS}"},
+            serial="tty",
             console=f"file={self.console}",
             more=("--balloon", f"size={BALLOON_MIB}M,deflate_on_oom=on,free_page_reporting=on"),
         )

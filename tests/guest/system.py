@@ -158,10 +158,13 @@ class System:
 
     def run(self, command: str, timeout: float = COMMAND_TIMEOUT) -> subprocess.CompletedProcess[str]:
         """Run ``command``, some lines of bash, as the guest's root."""
-        return subprocess.run(
-            [*self._ssh(), f"root@{self.networks[0].guest}", "bash", "-s"],
-            input=command, capture_output=True, text=True, check=False, timeout=timeout, errors="replace",
-        )  # fmt: skip
+        try:
+            return subprocess.run(
+                [*self._ssh(), f"root@{self.networks[0].guest}", "bash", "-s"],
+                input=command, capture_output=True, text=True, check=False, timeout=timeout, errors="replace",
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise NotSeenError(f"no end after {timeout:g} s of {command}\n{self._story()}") from None
 
     def check(self, command: str, timeout: float = COMMAND_TIMEOUT, *, pipefail: bool = True) -> str:
         """Return what ``command`` printed; each of its lines must succeed, and each part of a pipe."""

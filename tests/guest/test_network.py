@@ -53,7 +53,7 @@ def test_iperf3_moves_data_both_ways(machine: Machine, offloads: str) -> None:
     net = machine.last
     machine.check(f"ethtool -K {machine.interface(net)} {OFFLOADS.format(offloads)} >/dev/null 2>&1 || true")
     for direction in ("", "--reverse"):
-        assert _iperf3(machine, net.host, direction) > MIB
+        assert _iperf3(machine, net.host, direction) > MIB // 4
 
 
 def test_two_queue_pairs_carry_parallel_streams(machine: Machine) -> None:
@@ -61,7 +61,7 @@ def test_two_queue_pairs_carry_parallel_streams(machine: Machine) -> None:
     name = machine.interface(net)
     assert machine.check(f"ls -d /sys/class/net/{name}/queues/rx-* | wc -l") == str(PAIRS)
     for direction in ("", "--reverse"):
-        assert _iperf3(machine, net.host, f"--parallel 4 {direction}") > MIB
+        assert _iperf3(machine, net.host, f"--parallel 4 {direction}") > MIB // 4
     machine.check(f"ethtool -L {name} combined 1; ping -c 2 -W 10 {net.host}; ethtool -L {name} combined 2")
     machine.check(f"ping -c 2 -W 10 {net.host}")
 

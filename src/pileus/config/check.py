@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
     from pileus.config.declare import Struct
     from pileus.config.model import (
+        DeviceConfig,
         DiskConfig,
         FsConfig,
         MemoryConfig,
         NetConfig,
         SerialConfig,
+        UserDeviceConfig,
         VhostUserBlkConfig,
         VhostUserNetConfig,
         VmConfig,
@@ -31,6 +33,8 @@ STDERR = 2
 SOCKET_LIMIT = 107  # bytes of a Unix socket's path: what sun_path holds
 SOCKET_PATH_LIMIT = SOCKET_LIMIT - len("_4294967295")  # less the longest port
 HUGE_PAGE_SIZES = (2 * MIB, GIB)  # what x86 has
+PMEM_UNIT = 2 * MIB  # guests map persistent memory in huge pages
+MAX_PMEM = 32
 
 
 def check(config: "VmmConfig") -> None:
@@ -38,6 +42,9 @@ def check(config: "VmmConfig") -> None:
     socket = config.api_socket
     if socket is not None and socket.path is not None and socket.fd is not None:
         raise at_odds("--api-socket", socket, ("path", "fd"), "one of path and fd is enough")
+    monitor = config.event_monitor
+    if monitor is not None and (monitor.path is None) == (monitor.fd is None):
+        raise at_odds("--event-monitor", monitor, ("path", "fd"), "one of path and fd is needed")
     if config.vm is not None:
         check_vm(config.vm)
 
@@ -101,7 +108,7 @@ def _memory_origin(vm: "VmConfig") -> None:
             allowed = "the host merges only small pages that are not shared"
             raise at_odds("--memory", memory, ("mergeable", key), allowed)
     if memory.mergeable and vm.has_backends:
-        allowed = "a vhost-user back-end shares the memory, and the host merges only what is not shared"
+        allowed = "a device of another process shares the memory, and the host merges only what is not shared"
         raise at_odds("--memory", memory, ("mergeable",), allowed)
 
 
@@ -246,6 +253,7 @@ def _sockets(vm: "VmConfig") -> None:
     sockets += [("--fs", fs, "sock" if fs.sock else "socket", fs.path) for fs in vm.fs]
     sockets += [("--vhost-user-net", net, "sock", net.sock) for net in vm.vhost_user_net]
     sockets += [("--vhost-user-blk", blk, "sock", blk.sock) for blk in vm.vhost_user_blk]
+    sockets += [("--user-device", device, "socket", device.socket) for device in vm.user_devices]
     paths = [path for *_, path in sockets]
     for index, (option, struct, key, path) in enumerate(sockets):
         if path in paths[:index]:
@@ -264,6 +272,48 @@ def _vsock(vm: "VmConfig") -> None:
             raise at_odds("--vsock", vsock, ("socket",), f"{option} has this path too; each needs its own")
     if vsock.id is not None and vsock.id in [*(net.id for net in vm.net), *(disk.id for disk in vm.disks)]:
         raise at_odds("--vsock", vsock, ("id",), "another device has this id already")
+
+
+def _persistent_memory(vm: "VmConfig") -> None:
+    if len(vm.pmem) > MAX_PMEM:
+        raise ConfigError("--pmem", f"({len(vm.pmem)} of them)", f"at most {MAX_PMEM} are possible")
+    ids = [*(disk.id for disk in vm.disks), *(net.id for net in vm.net), vm.vsock and vm.vsock.id]
+    for index, pmem in enumerate(vm.pmem):
+        if pmem.size is not None and (pmem.size == 0 or pmem.size % PMEM_UNIT):
+            raise at_odds("--pmem", pmem, ("size",), f"size is a multiple of {format_size(PMEM_UNIT)}")
+        if pmem.nvdimm and pmem.iommu:
+            raise at_odds("--pmem", pmem, ("nvdimm", "iommu"), "an NVDIMM is no device behind an IOMMU")
+        if pmem.id is not None and pmem.id in [*ids, *(other.id for other in vm.pmem[:index])]:
+            raise at_odds("--pmem", pmem, ("id",), "another device has this id already")
+
+
+def _pass_through(vm: "VmConfig") -> None:
+    named: tuple[tuple[str, Sequence[DeviceConfig | UserDeviceConfig]], ...] = (
+        ("--device", vm.devices),
+        ("--user-device", vm.user_devices),
+    )
+    taken = [net.id for net in vm.net] + [disk.id for disk in vm.disks]
+    for option, devices in named:
+        for device in devices:
+            if not vm.pci:
+                key = "path" if option == "--device" else "socket"
+                raise at_odds(option, device, (key,), "it is a PCI device, and --pci is off")
+            if device.id is not None and device.id in taken:
+                raise at_odds(option, device, ("id",), "another device has this id already")
+            taken.append(device.id)
+    for index, host in enumerate(vm.devices):
+        if any(host.path.rstrip("/") == other.path.rstrip("/") for other in vm.devices[:index]):
+            raise at_odds("--device", host, ("path",), "it is given twice")
+    if vm.devices and vm.balloon is not None:
+        allowed = "the host cannot have memory back while --device lets a device of the host reach all of it"
+        raise at_odds("--balloon", vm.balloon, ("size",), allowed)
+
+
+def _iommu(vm: "VmConfig") -> None:
+    """There is no way to tell a guest without PCI which devices are behind what."""
+    for option, struct in vm.iommu_choices:
+        if struct.iommu and not vm.pci:
+            raise at_odds(option, struct, ("iommu",), "the virtual IOMMU is a PCI device, and --pci is off")
 
 
 def _page_size(memory: "MemoryConfig") -> int:
@@ -291,4 +341,7 @@ RULES = (
     _shared_directories,
     _sockets,
     _vsock,
+    _persistent_memory,
+    _pass_through,
+    _iommu,
 )

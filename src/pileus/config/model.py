@@ -10,6 +10,7 @@ from pileus.config.kinds import (
     Address,
     Choice,
     Count,
+    FileUrl,
     Interface,
     Mac,
     Many,
@@ -291,6 +292,45 @@ class VsockConfig(Struct):
     iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
 
 
+class PmemConfig(Struct):
+    """Persistent memory: a file of the host that the guest has in its address space."""
+
+    file: str = field(PATH, "file or block device, or a directory for a file without a name")
+    size: int | None = field(
+        SIZE, "how much of it, a multiple of 2M", default=None, default_help="all of the file"
+    )
+    discard_writes: bool = field(
+        SWITCH, "keep what the guest writes from the file, until the VM ends", default=False
+    )
+    nvdimm: bool = field(
+        SWITCH, "an NVDIMM that ACPI describes, instead of a device of virtio", default=False
+    )
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+    id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_pmemN")
+
+
+class DeviceConfig(Struct):
+    """A PCI device of the host that the guest has to itself (VFIO)."""
+
+    path: str = field(PATH, "the device, bound to vfio-pci: /sys/bus/pci/devices/DDDD:BB:SS.F")
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+    id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_vfioN")
+
+
+class UserDeviceConfig(Struct):
+    """A PCI device that another process emulates (vfio-user)."""
+
+    socket: str = field(PATH, "Unix socket that its server listens on")
+    id: str | None = field(
+        Printable(ID_LIMIT), "name of the device", default=None, default_help="_vfio_userN"
+    )
+
+
+BehindIommu = (
+    ConsoleConfig | RngConfig | NetConfig | DiskConfig | VsockConfig | PmemConfig | DeviceConfig
+)  # what can be
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
@@ -320,14 +360,44 @@ class VmConfig(Struct):
         Many(VhostUserBlkConfig), "disks of vhost-user back-ends", factory=lambda _: []
     )
     vsock: VsockConfig | None = field(Nested(VsockConfig), "sockets between guest and host", default=None)
+    pmem: list[PmemConfig] = field(Many(PmemConfig), "persistent memory", factory=lambda _: [])
+
+    devices: list[DeviceConfig] = field(
+        Many(DeviceConfig), "PCI devices of the host to pass through", factory=lambda _: []
+    )
+    user_devices: list[UserDeviceConfig] = field(
+        Many(UserDeviceConfig), "PCI devices that other processes emulate", factory=lambda _: []
+    )
 
     @property
     def has_backends(self) -> bool:
         """Whether another process serves one of the devices, and so needs the guest's memory."""
-        if self.fs or self.vhost_user_net or self.vhost_user_blk:
+        if self.fs or self.vhost_user_net or self.vhost_user_blk or self.user_devices:
             return True
         devices: list[DiskConfig | NetConfig] = [*self.disks, *self.net]
         return any(device.vhost_user or device.offload for device in devices)
+
+    @property
+    def has_iommu(self) -> bool:
+        """Whether a device is to be behind the virtual IOMMU, and so whether there is one."""
+        return any(struct.iommu for _, struct in self.iommu_choices)
+
+    @property
+    def iommu_choices(self) -> "list[tuple[str, BehindIommu]]":
+        """All that can be behind the virtual IOMMU, with their options."""
+        console = [] if self.console.mode == "off" else [("--console", self.console)]
+        vsock = [] if self.vsock is None else [("--vsock", self.vsock)]
+        disks = [("--disk", disk) for disk in self.disks]
+        nets = [("--net", net) for net in self.net]
+        pmem = [("--pmem", pmem) for pmem in self.pmem]
+        devices = [("--device", device) for device in self.devices]
+        return [*console, *disks, *nets, ("--rng", self.rng), *vsock, *pmem, *devices]
+
+
+class CoredumpConfig(Struct):
+    """Where a core of the VM goes."""
+
+    path: str = field(FileUrl(), "a new file", wire="destination_url")
 
 
 class ApiSocketConfig(Struct):
@@ -348,6 +418,13 @@ class ApiSocketConfig(Struct):
         return self.path or f"{folder}/pileus.{os.getpid()}"
 
 
+class EventMonitorConfig(Struct):
+    """Where events are written to, as JSON."""
+
+    path: str | None = field(PATH, "file, emptied first, or FIFO", default=None)
+    fd: int | None = field(FD, "number of an inherited descriptor", default=None)
+
+
 class VmmConfig(Struct):
     """The whole of a pileus process."""
 
@@ -356,6 +433,9 @@ class VmmConfig(Struct):
         Nested(ApiSocketConfig),
         "where the HTTP API listens; without --kernel it always does",
         default=None,
+    )
+    event_monitor: EventMonitorConfig | None = field(
+        Nested(EventMonitorConfig), "what tells of events", default=None
     )
     seccomp: str = field(
         Choice("true", "false", "log", "errno"),

@@ -8,13 +8,13 @@ import os
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EINTR, EINVAL, errno
 from libc.limits cimport LONG_MAX
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from pileus.errors import HostError
-from pileus.memory._guard cimport guard, unguard
+from pileus.memory._sigbus cimport guard, unguard
 
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -61,18 +61,26 @@ def page_size_of(int fd):
 
 cdef class Region:
     """``size`` bytes of ``fd`` from ``offset``, mapped shared; of memory that is this process's alone where
-    ``fd`` is -1. Readable as a writable buffer.
+    ``fd`` is -1. Readable as a writable buffer. ``private``: writes stay in this process and never reach ``fd``.
 
     Owns ``fd`` and closes it, unless making the region raises HostError. ``reserve`` makes the host set the
     pages aside at once, which is how huge pages fail here rather than by SIGBUS in the guest. ``guarded``:
-    ``fd`` is a peer's, who may truncate it (``_guard``). ``offset`` and ``size`` may be any.
+    ``fd`` is a peer's, who may truncate it (``_sigbus``). ``offset`` and ``size`` may be any.
     """
 
     def __cinit__(
-        self, int fd, uint64_t size, uint64_t offset=0, bint reserve=False, uint64_t page_size=4096,
+        self,
+        int fd,
+        uint64_t size,
+        uint64_t offset=0,
+        bint reserve=False,
+        uint64_t page_size=4096,
+        bint private=False,
         bint guarded=False,
     ):
-        cdef int flags = (MAP_SHARED if fd >= 0 else MAP_PRIVATE | MAP_ANONYMOUS) | (0 if reserve else MAP_NORESERVE)
+        cdef int flags = MAP_PRIVATE if private or fd < 0 else MAP_SHARED
+        flags |= (0 if fd >= 0 else MAP_ANONYMOUS) | (0 if reserve else MAP_NORESERVE)
+        self.private = private or fd < 0
         cdef uint64_t lead = offset % page_size
         cdef uint64_t mapped = (lead + size + page_size - 1) // page_size * page_size
         cdef void *base
@@ -84,11 +92,10 @@ cdef class Region:
         error = errno
         if base == MAP_FAILED:
             raise HostError("map", f"{size >> 20} MiB of guest memory", OSError(error, "mmap"))
-        if guarded:
-            if guard(base, mapped, page_size) < 0:
-                munmap(base, mapped)
-                raise HostError("map", f"{size >> 20} MiB of guest memory", "there are too many mappings")
-            self.guarded = True
+        self.guarded = guard(base, mapped, page_size) if guarded else -1
+        if guarded and self.guarded < 0:
+            munmap(base, mapped)
+            raise HostError("map", f"{size >> 20} MiB of guest memory", "there are too many mappings")
         self.lead, self.mapped = lead, mapped
         self.base = <uint8_t *>base + lead
 
@@ -100,8 +107,8 @@ cdef class Region:
             close(self.fd)
 
     cdef void _unmap(self, uint8_t *base) noexcept nogil:
-        if self.guarded:
-            unguard(base - self.lead)
+        if self.guarded >= 0:
+            unguard(self.guarded)
         munmap(base - self.lead, self.mapped)
 
     @property
@@ -166,19 +173,24 @@ cdef class Region:
 
 
 cdef class GuestMemory:
-    """The guest-physical RAM made of ``regions``, (gpa, Region) in ascending order; owns and closes them."""
+    """The guest-physical RAM made of ``regions``, (gpa, Region) in ascending order; owns and closes them.
+
+    Other memory that devices can reach, persistent memory for one, is ``attach``ed later.
+    """
 
     def __cinit__(self, regions):
         cdef Region region
-        cdef size_t index
         if len(regions) > MAX_SPANS:
             raise ValueError(f"a guest has at most {MAX_SPANS} regions of RAM, not {len(regions)}")
-        self.regions = list(regions)
-        for index, (gpa, region) in enumerate(self.regions):
-            self.spans[index].gpa, self.spans[index].size = gpa, region.size
-            self.spans[index].hva, self.spans[index].dirty = region.base, NULL
+        self.regions, self.attached = list(regions), []
+        for gpa, region in self.regions:
+            self._add_span(gpa, region)
             self.size += region.size
-            self.count += 1
+
+    cdef _add_span(self, uint64_t gpa, Region region):
+        cdef Span *span = &self.spans[self.count]
+        span.gpa, span.size, span.hva, span.dirty = gpa, region.size, region.base, NULL
+        self.count += 1
 
     def __dealloc__(self):
         self.stop_tracking()
@@ -192,17 +204,33 @@ cdef class GuestMemory:
     def close(self):
         """Close the regions. Raises BufferError, with nothing closed, while a view of one is alive."""
         cdef Region region
-        for _, region in self.regions:
+        for _, region in self.regions + self.attached:
             region._check_unused()
         self.stop_tracking()
         self.count = 0
-        while self.regions:
-            self.regions[-1][1].close()
-            self.regions.pop()
+        for regions in (self.attached, self.regions):
+            while regions:
+                regions[-1][1].close()
+                regions.pop()
+
+    def attach(self, uint64_t gpa, Region region not None):
+        """Let devices reach ``region`` at ``gpa``, though it is no RAM; before any of them is active.
+
+        Owns it from here on. Raises ValueError where there are too many.
+        """
+        if self.count == MAX_SPANS:
+            raise ValueError(f"a guest has at most {MAX_SPANS} regions of memory")
+        self.attached.append((gpa, region))
+        self._add_span(gpa, region)
+
+    @property
+    def shareable(self):
+        """What another process is to be given, if any: all but what others cannot see anyway."""
+        return self.regions + [each for each in self.attached if not each[1].private]
 
     @property
     def ranges(self):
-        """(gpa, size) of each region, ascending."""
+        """(gpa, size) of each region of RAM, ascending."""
         return [(gpa, region.size) for gpa, region in self.regions]
 
     cdef uint8_t *at(self, uint64_t gpa, uint64_t length) noexcept nogil:
@@ -287,8 +315,8 @@ cdef class GuestMemory:
         return taken
 
     def view(self, uint64_t gpa, uint64_t size):
-        """A writable view of RAM; the caller marks what it writes. Raises ValueError outside one region."""
-        for base, region in self.regions:
+        """A writable view; the caller marks what it writes. Raises ValueError outside one region."""
+        for base, region in self.regions + self.attached:
             if base <= gpa < base + region.size and size <= base + region.size - gpa:
                 return memoryview(region)[gpa - base : gpa - base + size]
         raise ValueError(f"{size:#x} bytes at {gpa:#x} are not guest memory")
@@ -329,8 +357,8 @@ cdef class GuestMemory:
     def discard(self, uint64_t gpa, uint64_t length):
         """Give the whole pages of the host in that range back to it: they read as zeroes from now on.
 
-        Returns how many bytes that were, 0 where the range holds no whole page (huge ones are large). Raises
-        ValueError as ``view`` does, HostError where the host refuses.
+        Returns how many bytes that were, 0 where the range holds no whole page (huge ones are large) or is no
+        RAM. Raises ValueError as ``view`` does, HostError where the host refuses.
         """
         cdef size_t index
         cdef Region region
@@ -343,6 +371,8 @@ cdef class GuestMemory:
         index = 0
         while gpa - self.spans[index].gpa >= self.spans[index].size:
             index += 1
+        if index >= len(self.regions):
+            return 0  # what is attached is not ours to give away
         region = self.regions[index][1]
         start = (gpa - self.spans[index].gpa + region.page_size - 1) // region.page_size * region.page_size
         end = (gpa - self.spans[index].gpa + length) // region.page_size * region.page_size
@@ -379,6 +409,22 @@ cdef class GuestMemory:
             if got > 0:
                 self.mark(gpa + done, got)  # at once: what came before an error is in RAM all the same
                 done += got
+
+
+cdef class Translation:
+    """An address space between a device and guest memory. This one is empty; see ``_iommu``."""
+
+    cdef void enter(self) noexcept nogil:
+        pass
+
+    cdef void leave(self) noexcept nogil:
+        pass
+
+    cdef int find(self, uint64_t iova, Window *window) noexcept nogil:
+        return NO_DOMAIN
+
+    cdef void report(self, int reason, uint32_t access, uint64_t iova) noexcept nogil:
+        pass
 
 
 cdef extern from *:

@@ -232,8 +232,8 @@ class Frontend:
         """Hand over all regions, once in a conversation."""
         if self._memory is memory:
             return
-        table = [(gpa, region.size, region.hva, region.offset) for gpa, region in memory.regions]
-        fds = [region.fd for _, region in memory.regions]
+        table = [(gpa, region.size, region.hva, region.offset) for gpa, region in memory.shareable]
+        fds = [region.fd for _, region in memory.shareable]
         if any(fd < 0 for fd in fds):
             raise LocalProtocolError(f"{self.peer} cannot be given guest memory that has no descriptor")
         if self.has(Feature.CONFIGURE_MEM_SLOTS):
@@ -277,7 +277,7 @@ class Frontend:
     def _hva(self, gpa: int) -> int:
         """Where ``gpa`` is mapped here: the back-end finds its own place by the regions' hva."""
         assert self._memory is not None
-        for base, region in self._memory.regions:
+        for base, region in self._memory.shareable:
             if base <= gpa < base + region.size:
                 return int(gpa - base + region.hva)
         raise LocalProtocolError(f"a ring at {gpa:#x} is outside of guest memory")

@@ -8,7 +8,7 @@ import os
 from pileus import log
 from pileus.errors import HostError
 from pileus.loop import READABLE, Loop
-from pileus.memory import _guard
+from pileus.memory import _sigbus
 from pileus.vhost_user import connection
 from pileus.vhost_user.backend import Backend
 
@@ -49,7 +49,7 @@ class BackendServer:
         self._backend: Backend | None = None
         self._closed = False
         self._faults = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        _guard.install(self._faults)
+        _sigbus.tell(self._faults)
         loop.watch(self._faults, READABLE, lambda _: self._faulted())
         self._await_front_end()
 
@@ -60,7 +60,7 @@ class BackendServer:
         if self._backend is not None:
             self._backend.close()
         self._loop.unwatch(self._faults)
-        _guard.install(-1)
+        _sigbus.tell(-1)
         os.close(self._faults)
 
     def _await_front_end(self) -> None:

@@ -272,6 +272,7 @@ class VhostUserDevice(VirtioDevice):
                 return
             log.limited(log.WARNING, f"{self.name}: {self._who} is gone; waiting for it to come back")
             self._part(frontend)
+            self.noticed("backend-lost")
         if time.monotonic() - self._since > LAST_DELAY:
             self._delay = FIRST_DELAY  # else it comes and goes, and is met ever more slowly
         self._attempt_later()
@@ -327,6 +328,7 @@ class VhostUserDevice(VirtioDevice):
             else:
                 log.info(f"{self.name}: {self._who} is back")
                 self._embrace(frontend)
+                self.noticed("backend-back")
         if failed:
             self._attempt_later()
 
