@@ -138,6 +138,22 @@ class Guest:
         """The log of pileus so far, at level debug."""
         return self.log_file.read_text() if self.log_file.exists() else ""
 
+    def threads(self) -> str:
+        """What each thread of pileus is at, for whoever looks into a hang; CPU time twice, a second apart."""
+        text = ""
+        for _ in range(2):
+            for task in sorted(Path(f"/proc/{self.process.pid}/task").glob("*")):
+                try:
+                    stack = " < ".join(
+                        line.split()[-1] for line in (task / "stack").read_text().splitlines()[:5]
+                    )
+                    ran = int((task / "schedstat").read_text().split()[0]) / 1e9
+                    text += f"{task.name} {(task / 'comm').read_text().strip()}: {ran:.3f} s, in {stack}\n"
+                except OSError:
+                    continue  # it ended, or we may not look
+            time.sleep(1)
+        return f"threads:\n{text}"
+
     def expect(self, pattern: str, timeout: float = TIMEOUT) -> str:
         """Wait for the regular expression after what was matched last; return the text up to its end."""
         return self.console.expect(pattern, timeout, lambda: self.process.poll() is not None)
