@@ -143,6 +143,8 @@ def close_all(fds: list[int]) -> None:
 class Client:
     """Connects to a peer that listens at ``path``."""
 
+    over = False  # others can come
+
     def __init__(self, path: str) -> None:
         self.path = path
 
@@ -170,6 +172,8 @@ class Client:
 
 class Server:
     """Listens at ``path`` for one peer after the other. A socket left there by nobody alive is replaced."""
+
+    over = False  # others can come
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -226,6 +230,11 @@ class Inherited:
 
     def fileno(self) -> int:
         return self._socket.fileno() if self._listens else -1
+
+    @property
+    def over(self) -> bool:
+        """Whether it was the one connection that there is to have."""
+        return self._used and not self._listens
 
     def attempt(self) -> "socket.socket | None":
         """A connection, or None while nobody comes. Raises HostError once nobody can."""

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
         def attempt(self) -> socket.socket | None: ...
         def close(self) -> None: ...
 
+        @property
+        def over(self) -> bool:
+            """Whether nobody can come any more."""
+
 
 RETRY = 0.1  # seconds between attempts to reach a front-end that listens
 
@@ -90,7 +94,10 @@ class BackendServer:
     def _parted(self) -> None:
         log.info(f"{self.device.name}: the front-end is gone")
         self._backend = None
-        self._await_front_end()
+        if self._peer.over:
+            self._finished()
+        else:
+            self._await_front_end()
 
     def _faulted(self) -> None:
         os.eventfd_read(self._faults)
