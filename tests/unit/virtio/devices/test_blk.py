@@ -449,7 +449,7 @@ def test_a_reset_waits_for_what_is_under_way(start: Open) -> None:
         driver.add([header(IN, sector)], [513])
     driver.kick()
     deadline = time.monotonic() + 10
-    while not image.held and time.monotonic() < deadline:  # until the engine has some
+    while not image.waited and time.monotonic() < deadline:  # until the engine has some
         time.sleep(0.001)
     resetter = threading.Thread(target=driver.reset)
     resetter.start()
