@@ -191,6 +191,7 @@ class NetConfig(Struct):
     queue_size: int = field(Count(2, MAX_QUEUE_SIZE), "descriptors of each, a power of two", default=256)
     id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_netN")
     iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+    offload: bool = field(SWITCH, "serve it by a process of its own", default=False)
     offload_csum: bool = field(SWITCH, "leave checksums, and so all offloads, to the host", default=True)
     offload_tso: bool = field(SWITCH, "let large TCP packets through whole", default=True)
     offload_ufo: bool = field(SWITCH, "let large UDP packets through whole", default=True)
@@ -211,6 +212,7 @@ class DiskConfig(Struct):
         Printable(SERIAL_LIMIT), "serial number that the guest sees", default=None, default_help="none"
     )
     id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_diskN")
+    offload: bool = field(SWITCH, "serve it by a process of its own", default=False)
     image_type: str | None = field(
         Choice("raw", "qcow2"),
         "format of the image; a raw one that is not said to be raw keeps its guest from writing the first"
@@ -372,7 +374,8 @@ class VmConfig(Struct):
         """Whether another process serves one of the devices, and so needs the guest's memory."""
         if self.fs or self.vhost_user_net or self.vhost_user_blk or self.user_devices:
             return True
-        return any(disk.vhost_user for disk in self.disks) or any(net.vhost_user for net in self.net)
+        devices: list[DiskConfig | NetConfig] = [*self.disks, *self.net]
+        return any(device.vhost_user or device.offload for device in devices)
 
     @property
     def has_iommu(self) -> bool:

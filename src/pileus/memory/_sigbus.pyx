@@ -1,8 +1,8 @@
 """What happens when the file behind a mapping is cut short by another process, and we touch what is gone.
 
 The kernel then sends SIGBUS, which ends a process. In a mapping that is guarded an empty page of our own takes
-the place of the missing one, for good, and the loss is noted: its owner tells whom it concerns.
-All else goes to whoever handled the signal before.
+the place of the missing one, for good, and the loss is noted: its owner tells whom it concerns. System calls that
+meet such a page fail with EFAULT by themselves. All else goes to whoever handled the signal before.
 
 Source: mmap(2), "SIGBUS"; sigaction(2), BUS_ADRERR.
 """
@@ -12,6 +12,8 @@ import os
 from libc.errno cimport errno
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
+
+from pileus._posix cimport eventfd_signal
 
 
 cdef extern from "<signal.h>" nogil:
@@ -35,8 +37,15 @@ cdef extern from "<sys/mman.h>" nogil:
     void *MAP_FAILED
 
 
+cdef extern from *:
+    """
+    #define pileus_set_errno(number) (errno = (number))
+    """
+    void set_errno "pileus_set_errno"(int number) nogil
+
+
 cdef enum:
-    MOST = 64
+    MOST = 256
 
 
 cdef struct Guarded:
@@ -49,7 +58,30 @@ cdef struct Guarded:
 cdef Guarded entries[MOST]
 cdef sigaction before
 cdef bint installed = False
+cdef int told_fd = -1
 memset(entries, 0, sizeof(entries))
+
+
+def tell(int eventfd):
+    """Let ``eventfd``, which stays open, know of each loss from now on; -1: nobody. One per process."""
+    global told_fd
+    told_fd = eventfd
+
+
+cdef int guard(void *base, uint64_t size, uint64_t page_size) except -2:
+    cdef int number
+    _install()
+    for number in range(MOST):
+        if entries[number].size == 0:
+            entries[number].base, entries[number].page_size = <uint64_t>base, page_size
+            entries[number].lost = False
+            entries[number].size = size
+            return number
+    return -1
+
+
+cdef void unguard(int number) noexcept nogil:
+    entries[number].size = 0
 
 
 cdef class Guard:
@@ -58,24 +90,17 @@ cdef class Guard:
     cdef int number
 
     def __cinit__(self, uint64_t hva, uint64_t size, uint64_t page_size=4096):
-        cdef int number
         self.number = -1
-        _install()
-        for number in range(MOST):
-            if entries[number].size == 0:
-                break
-        else:
+        self.number = guard(<void *>hva, size, page_size)
+        if self.number < 0:
             raise ValueError(f"at most {MOST} mappings are guarded")
-        entries[number].base, entries[number].page_size, entries[number].lost = hva, page_size, False
-        entries[number].size = size
-        self.number = number
 
     def __dealloc__(self):
         self.close()
 
     def close(self):
         if self.number >= 0:
-            entries[self.number].size = 0
+            unguard(self.number)
             self.number = -1
 
     @property
@@ -102,7 +127,7 @@ cdef void _on_sigbus(int number, siginfo_t *info, void *context) noexcept nogil:
     """In the thread that touched the page, wherever it was: nothing here takes a lock."""
     cdef uint64_t address = <uint64_t>info.si_addr, page
     cdef Guarded *entry
-    cdef int index
+    cdef int index, kept = errno
     if info.si_code == BUS_ADRERR:
         for index in range(MOST):
             entry = &entries[index]
@@ -111,6 +136,9 @@ cdef void _on_sigbus(int number, siginfo_t *info, void *context) noexcept nogil:
                 entry.lost = True
                 if mmap(<void *>page, entry.page_size, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED:
+                    if told_fd >= 0:
+                        eventfd_signal(told_fd)
+                    set_errno(kept)
                     return
     if before.sa_flags & SA_SIGINFO:
         before.sa_sigaction(number, info, context)

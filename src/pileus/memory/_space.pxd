@@ -19,10 +19,14 @@ cdef class Region:
     cdef readonly uint64_t page_size
     cdef readonly bint private       # what is written stays in this process
     cdef uint8_t *base
+    cdef uint64_t lead               # mapped bytes before the region, which may begin within a page
+    cdef uint64_t mapped
+    cdef int guarded   # a number of _sigbus, -1 for none
     cdef int exports                 # memoryviews alive: unmapping under them would leave them dangling
 
     cdef _check_unused(self)
     cdef _advise(self, int advice, str doing)
+    cdef void _unmap(self, uint8_t *base) noexcept nogil
     # Whole pages that the host gets back; 0 or -errno.
     cdef int give_back(self, uint64_t offset, uint64_t length) noexcept nogil
 
@@ -33,6 +37,8 @@ cdef class GuestMemory:
     cdef readonly list regions       # RAM: of (gpa, Region), ascending; the first of ``spans``
     cdef readonly list attached      # what is no RAM, but memory for devices all the same: likewise
     cdef readonly uint64_t size
+    cdef uint8_t *log                # a bit per page by gpa, for a peer that copies memory; or NULL
+    cdef Region log_region
     cdef bint tracked                # whether ``mark`` has anything to do
 
     cdef _add_span(self, uint64_t gpa, Region region)

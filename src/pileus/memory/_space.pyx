@@ -6,13 +6,15 @@ Every access by a guest-physical address is checked here, against the regions, b
 import os
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport EINTR, errno
+from libc.errno cimport EINTR, EINVAL, errno
+from libc.limits cimport LONG_MAX
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from pileus.errors import HostError
+from pileus.memory._sigbus cimport guard, unguard
 
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -62,7 +64,8 @@ cdef class Region:
     ``fd`` is -1. Readable as a writable buffer. ``private``: writes stay in this process and never reach ``fd``.
 
     Owns ``fd`` and closes it, unless making the region raises HostError. ``reserve`` makes the host set the
-    pages aside at once, which is how huge pages fail here rather than by SIGBUS in the guest.
+    pages aside at once, which is how huge pages fail here rather than by SIGBUS in the guest. ``guarded``:
+    ``fd`` is a peer's, who may truncate it (``_sigbus``). ``offset`` and ``size`` may be any.
     """
 
     def __cinit__(
@@ -73,23 +76,40 @@ cdef class Region:
         bint reserve=False,
         uint64_t page_size=4096,
         bint private=False,
+        bint guarded=False,
     ):
         cdef int flags = MAP_PRIVATE if private or fd < 0 else MAP_SHARED
         flags |= (0 if fd >= 0 else MAP_ANONYMOUS) | (0 if reserve else MAP_NORESERVE)
         self.private = private or fd < 0
-        cdef void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, offset)
-        cdef int error = errno
+        cdef uint64_t lead = offset % page_size
+        cdef uint64_t mapped = (lead + size + page_size - 1) // page_size * page_size
+        cdef void *base
+        cdef int error
         self.fd, self.size, self.offset, self.page_size, self.base = fd, size, offset, page_size, NULL
+        if size == 0 or mapped < size or offset - lead > <uint64_t>LONG_MAX:
+            raise HostError("map", f"{size >> 20} MiB of guest memory", OSError(EINVAL, "mmap"))
+        base = mmap(NULL, mapped, PROT_READ | PROT_WRITE, flags, fd, offset - lead)
+        error = errno
         if base == MAP_FAILED:
             raise HostError("map", f"{size >> 20} MiB of guest memory", OSError(error, "mmap"))
-        self.base = <uint8_t *>base
+        self.guarded = guard(base, mapped, page_size) if guarded else -1
+        if guarded and self.guarded < 0:
+            munmap(base, mapped)
+            raise HostError("map", f"{size >> 20} MiB of guest memory", "there are too many mappings")
+        self.lead, self.mapped = lead, mapped
+        self.base = <uint8_t *>base + lead
 
     def __dealloc__(self):
         if self.base == NULL:
             return  # closed, or never mapped and so not the owner of ``fd``
-        munmap(self.base, self.size)
+        self._unmap(self.base)
         if self.fd >= 0:
             close(self.fd)
+
+    cdef void _unmap(self, uint8_t *base) noexcept nogil:
+        if self.guarded >= 0:
+            unguard(self.guarded)
+        munmap(base - self.lead, self.mapped)
 
     @property
     def hva(self):
@@ -141,12 +161,12 @@ cdef class Region:
 
     def close(self):
         """Unmap and close. Raises BufferError while a memoryview of it is alive."""
-        cdef void *base = self.base
+        cdef uint8_t *base = self.base
         self._check_unused()
         if base != NULL:
             self.base = NULL
             with nogil:  # a large region takes seconds
-                munmap(base, self.size)
+                self._unmap(base)
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -246,6 +266,24 @@ cdef class GuestMemory:
                 while page <= last:
                     _set_bit(&span.dirty[page >> 6], <uint64_t>1 << (page & 63))
                     page += 1
+        if self.log != NULL and length > 0:
+            page, last = gpa >> PAGE_SHIFT, (gpa + length - 1) >> PAGE_SHIFT
+            while page <= last and page >> 3 < self.log_region.size:
+                _set_log_bit(&self.log[page >> 3], <uint8_t>1 << (page & 7))
+                page += 1
+
+    def log_to(self, Region region):
+        """Note each page that is written also in ``region``, a bit by gpa; None for nowhere.
+
+        It is kept open until then. Only while nobody writes.
+        """
+        self.log_region = region
+        self.log = NULL if region is None else region.base
+        self.tracked = self.log != NULL or self._has_bitmaps()
+
+    def _has_bitmaps(self):
+        cdef size_t index
+        return any([self.spans[index].dirty != NULL for index in range(self.count)])
 
     def start_tracking(self):
         """From now on note the pages that the VMM itself writes; KVM notes what the guest writes."""
@@ -259,7 +297,7 @@ cdef class GuestMemory:
 
     def stop_tracking(self):
         cdef size_t index
-        self.tracked = False
+        self.tracked = self.log != NULL
         for index in range(self.count):
             free(self.spans[index].dirty)
             self.spans[index].dirty = NULL
@@ -395,6 +433,7 @@ cdef extern from *:
     #define pileus_exchange(word, value) __atomic_exchange_n((word), (value), __ATOMIC_ACQ_REL)
     """
     void _set_bit "pileus_set_bit"(uint64_t *word, uint64_t bit) nogil
+    void _set_log_bit "pileus_set_bit"(uint8_t *word, uint8_t bit) nogil
     uint64_t _exchange "pileus_exchange"(uint64_t *word, uint64_t value) nogil
 
 

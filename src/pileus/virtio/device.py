@@ -34,6 +34,7 @@ class VirtioDevice:
     id = 0
     features = 0  # offered beside those of ring and transport
     queue_sizes: tuple[int, ...] = ()  # the most descriptors of each queue, a power of two
+    in_order = False  # chains are given back in the order of their offer, always
     kicked_in_python: "tuple[int, ...] | None" = None  # queues that handle_queue serves; None: all
 
     def __init__(self, name: str) -> None:
@@ -113,6 +114,11 @@ class VirtioDevice:
     def required(self) -> int:
         """Those that it must choose: behind an IOMMU a driver must know that there is one."""
         return VERSION_1 | (0 if self.iommu is None else ACCESS_PLATFORM)
+
+    @property
+    def queue_groups(self) -> int:
+        """How many queues there are, in the unit in which this kind of device is given more of them."""
+        return len(self.queues)
 
     @property
     def python_queues(self) -> "tuple[int, ...]":

@@ -32,7 +32,7 @@ def make(
         cleanup.call(console.disconnect)
         yield _behind(config.console.iommu, port)
     for index, disk in enumerate(config.disks):
-        if disk.vhost_user:
+        if disk.vhost_user or disk.offload:
             from pileus.vm import vhost_user_devices
 
             yield cleanup.own(vhost_user_devices.open_disk(disk, index, loop))
@@ -41,7 +41,7 @@ def make(
 
         yield _behind(disk.iommu, cleanup.own(open_disk(disk, index)))
     for index, net in enumerate(config.net):
-        if net.vhost_user:
+        if net.vhost_user or net.offload:
             from pileus.vm import vhost_user_devices
 
             yield cleanup.own(vhost_user_devices.open_net(net, index, loop))

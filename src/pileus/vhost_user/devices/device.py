@@ -238,7 +238,7 @@ class VhostUserDevice(VirtioDevice):
                 self._option, self._peer.path, f"its back-end lacks protocol feature {lacking!r}"
             )
         most = frontend.max_queues
-        if most is not None and most < self.data_queues:
+        if most is not None and most < self.queue_groups:
             raise ConfigError(
                 self._option, f"num_queues {self.data_queues}", f"its back-end serves at most {most} queues"
             )

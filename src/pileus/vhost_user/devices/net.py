@@ -76,6 +76,11 @@ class VhostUserNet(VhostUserDevice):
         return 2 * self.pair_count
 
     @property
+    def queue_groups(self) -> int:
+        """Back-ends of interfaces count pairs where they are asked for queues, as DPDK does; some do not."""
+        return self.pair_count
+
+    @property
     def control_index(self) -> int:
         """A driver without MQ expects the control queue behind the first pair (5.1.2)."""
         return 2 * self.pair_count if self.driver_features & MQ else 2

@@ -2,7 +2,7 @@ cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from pileus._posix cimport iovec
-from pileus.memory._space cimport GuestMemory, Translation, Window
+from pileus.memory._space cimport GuestMemory, Region, Translation, Window
 
 
 cdef enum:
@@ -35,6 +35,21 @@ cdef struct Buffers:
     uint16_t head
 
 
+cdef struct Note:           # vhost-user, Inflight I/O tracking: struct DescStateSplit
+    uint8_t inflight
+    uint8_t padding[5]
+    uint16_t next
+    uint64_t counter
+
+
+cdef struct Notes:          # QueueRegionSplit; a Note for each descriptor follows
+    uint64_t features
+    uint16_t version
+    uint16_t count
+    uint16_t last_batch_head
+    uint16_t used_index
+
+
 cdef void buffers_init(Buffers *buffers) noexcept nogil
 cdef void buffers_free(Buffers *buffers) noexcept nogil
 
@@ -64,6 +79,15 @@ cdef class Queue:
     cdef bint event_idx
     cdef bint indirect
     cdef int fault                  # what the driver did wrong; nothing moves any more
+    # What is under way, in memory that outlives this process; NULL where nobody wants to know.
+    cdef Notes *notes
+    cdef Region notes_region
+    cdef uint64_t notes_counter
+    cdef uint16_t *again            # heads that a process before this one had taken, to be taken again
+    cdef uint32_t again_count
+    cdef uint32_t again_next
+    cdef bint took_again            # the last chain was one of them
+
     # While active behind a virtual IOMMU, when all addresses are IOVAs.
     cdef Translation iommu          # None: addresses are GPAs
     cdef uint64_t mapped_at         # the generation that what follows is true for
@@ -111,3 +135,5 @@ cdef class Queue:
     cdef int _walk(self, uint16_t head, Buffers *buffers, uint8_t **pages) noexcept nogil
     cdef int _add(self, Buffers *buffers, uint64_t gpa, uint32_t length) noexcept nogil
     cdef int _fail(self, int fault) noexcept nogil
+    cdef int _take_again(self, Buffers *buffers) noexcept nogil
+    cdef void _strike(self, uint16_t count) noexcept nogil

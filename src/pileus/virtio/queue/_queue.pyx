@@ -20,7 +20,7 @@ import os
 
 cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 
 from pileus._posix cimport (
@@ -30,10 +30,11 @@ from pileus._posix cimport (
     iovec,
     load_acquire_u16,
     load_u16,
+    store_release_u8,
     store_release_u16,
     store_u16,
 )
-from pileus.memory._space cimport NO_MAPPING, READ, WRITE, GuestMemory, Translation, Window
+from pileus.memory._space cimport NO_MAPPING, READ, WRITE, GuestMemory, Region, Translation, Window
 
 from pileus.errors import GuestError
 
@@ -104,6 +105,12 @@ FAULTS = {
 F_INDIRECT_DESC = 1 << 28   # feature bits of the ring, the same for all devices: virtio 1.2, 6
 F_EVENT_IDX = 1 << 29
 RING_FEATURES = F_INDIRECT_DESC | F_EVENT_IDX
+
+
+cdef inline void _note(Notes *notes, uint16_t head, uint64_t counter) noexcept nogil:
+    cdef Note *note = &(<Note *>(notes + 1))[head]
+    note.counter = counter
+    store_release_u8(&note.inflight, 1)  # release: its place in the order is there before it counts
 
 
 cdef void buffers_init(Buffers *buffers) noexcept nogil:
@@ -181,6 +188,10 @@ cdef inline int _next(Queue self, Buffers *buffers, uint8_t **pages) noexcept no
         return -1
     buffers.head = head
     self.next_avail += 1
+    if pages == NULL and self.notes != NULL:
+        _note(self.notes, head, self.notes_counter)
+        self.notes_counter += 1
+        self.took_again = False
     return 1
 
 
@@ -231,6 +242,7 @@ cdef class Queue:
 
     def __dealloc__(self):
         free(self.pages)
+        free(self.again)
 
     def close(self):
         self.reset()
@@ -252,6 +264,7 @@ cdef class Queue:
         self.avail_seen = self.next_avail = self.next_used = self.signalled = 0
         self.event_idx = self.indirect = False
         self.fault = NOTHING
+        self._forget_notes()
         if self.kick_fd >= 0:
             eventfd_consume(self.kick_fd)
 
@@ -279,6 +292,45 @@ cdef class Queue:
         self.event_idx = (features & F_EVENT_IDX) != 0
         self.indirect = (features & F_INDIRECT_DESC) != 0
         self.active = True
+
+    def keep_notes(self, Region region not None, uint64_t offset):
+        """Note in ``region`` from ``offset`` on what is taken and not given back, so that another process can
+        do what this one leaves undone; and begin with what one before it left, in its order.
+
+        For an active queue whose next chains were not looked at. Raises GuestError for notes that are none.
+        Source: vhost-user, Inflight I/O tracking
+        """
+        cdef Notes *notes
+        cdef Note *note
+        cdef uint32_t index, size = self.size
+        cdef uint16_t used = load_u16(&self.used_ring[1])
+        if offset & 7 or offset > region.size or region.size - offset < sizeof(Notes) + size * sizeof(Note):
+            raise GuestError(f"there is no room for notes on {size} descriptors at {offset:#x} of {region.size:#x}")
+        notes = <Notes *>(region.base + offset)
+        note = <Note *>(notes + 1)
+        if notes.version == 0 or notes.count != size and not any([note[index].inflight for index in range(size)]):
+            notes.version, notes.count, notes.used_index = 1, <uint16_t>size, used
+        if notes.version != 1 or notes.count != size:
+            raise GuestError(f"notes of version {notes.version} on {notes.count} descriptors, not {size}")
+        self.notes, self.notes_region = notes, region
+        # Told to the driver, but not struck yet when that process ended.
+        self._strike(used - notes.used_index)
+        found = sorted([(note[index].counter, index) for index in range(size) if note[index].inflight])
+        self.notes_counter = (found[-1][0] + 1) & 0xFFFFFFFFFFFFFFFF if found else 0
+        self.again = <uint16_t *>calloc(size, sizeof(uint16_t))
+        if self.again == NULL:
+            raise MemoryError
+        for index, (_, head) in enumerate(found):
+            self.again[index] = head
+        self.again_count, self.again_next = len(found), 0
+        self.signalled = self.next_used = used
+        self.avail_seen = self.next_avail = <uint16_t>(used + len(found))
+
+    def _forget_notes(self):
+        free(self.again)
+        self.again, self.notes, self.notes_region = NULL, NULL, None
+        self.again_count = self.again_next = 0
+        self.took_again = False
 
     def _find_rings(self, GuestMemory memory, Translation iommu):
         """The pointers that are no rings behind an IOMMU only say that they were found."""
@@ -314,7 +366,21 @@ cdef class Queue:
         return <uint16_t>(self.avail_seen - self.next_avail)
 
     cdef int take(self, Buffers *buffers) noexcept nogil:
-        return _next(self, buffers, NULL) if self.pages == NULL else self._take_translated(buffers)
+        if self.pages != NULL:
+            return self._take_translated(buffers)
+        if self.again_next < self.again_count and not self.fault:
+            return self._take_again(buffers)
+        return _next(self, buffers, NULL)
+
+    cdef int _take_again(self, Buffers *buffers) noexcept nogil:
+        """A chain that was taken by a process before this one; it is noted already."""
+        cdef uint16_t head = self.again[self.again_next]
+        if self._walk(head, buffers, NULL) < 0:
+            return -1
+        buffers.head = head
+        self.again_next += 1
+        self.took_again = True
+        return 1
 
     cdef void untake(self, uint16_t head) noexcept nogil:
         if self.pages != NULL:
@@ -322,7 +388,23 @@ cdef class Queue:
                 self.put(head, 0)
                 return
             self.since_refusal -= 1
+        elif self.took_again:
+            self.again_next -= 1
+            return
         self.next_avail -= 1
+        if self.notes != NULL:
+            (<Note *>(self.notes + 1))[head].inflight = 0
+
+    cdef void _strike(self, uint16_t count) noexcept nogil:
+        """The ``count`` chains that were put last are no longer under way."""
+        cdef Note *notes = <Note *>(self.notes + 1)
+        cdef uint16_t mask = self.size - 1, head = self.notes.last_batch_head & mask
+        cdef uint32_t left = min(<uint32_t>count, <uint32_t>self.size)
+        while left:
+            notes[head].inflight = 0
+            head = notes[head].next & mask
+            left -= 1
+        store_release_u16(&self.notes.used_index, load_u16(&self.used_ring[1]))
 
     cdef int _walk(self, uint16_t head, Buffers *buffers, uint8_t **pages) noexcept nogil:
         """Follow a chain to its end, each table for no more steps than it has entries."""
@@ -421,6 +503,10 @@ cdef class Queue:
     cdef void put(self, uint16_t head, uint32_t length) noexcept nogil:
         if self.pages == NULL:
             _put(self, head, length, NULL)
+            if self.notes != NULL:
+                (<Note *>(self.notes + 1))[head].next = self.notes.last_batch_head
+                # Release: who follows the heads from here finds the next one.
+                store_release_u16(&self.notes.last_batch_head, head)
         elif self._enter():
             _put(self, head, length, self.pages)
             self.iommu.leave()
@@ -441,6 +527,8 @@ cdef class Queue:
             return False
         # Release: the elements and the data are there before the index that covers them.
         store_release_u16(_used_at(self, 1, self.pages), self.next_used)
+        if self.notes != NULL:
+            self._strike(self.next_used - before)
         if self.memory.tracked:
             self._mark_used()
         # The index is seen before the driver's wish is read; else both sides could wait for each other.
