@@ -90,6 +90,7 @@ def test_without_any_there_is_none(start: StartGuest, tmp_path: Path) -> None:
     assert "virtio_iommu" not in text
 
 
+@pytest.mark.long
 def test_a_disk_behind_it_holds_what_was_written(start: StartGuest, tmp_path: Path, folder: Path) -> None:
     """A file system and raw blocks, with several queues, strict invalidation and without."""
     image, raw = folder / "disk", folder / "raw"
