@@ -30,6 +30,10 @@ if TYPE_CHECKING:
         def attempt(self) -> socket.socket | None: ...
         def close(self) -> None: ...
 
+        @property
+        def over(self) -> bool:
+            """Whether nobody can come any more."""
+
 
 RETRY = 0.1  # seconds between attempts to reach a front-end that listens
 
