@@ -1,10 +1,9 @@
-"""What offload=on costs: exec to first KVM_RUN, and memory of an idle VM, beside the same devices in one process.
+"""What offload=on costs: the start, and memory of an idle VM, beside the same devices in one process.
 
 On this very host, whatever its KVM can run: the kernel has ten bytes. Memory is the PSS of the VMM and of its
 children together, less the guest's RAM, and what is theirs alone (private, or not shared with each other).
 """
 
-import importlib.util
 import os
 import select
 import subprocess
@@ -15,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from support.bench import Options, Row, compare
-from support.host import PILEUS, ROOT
+from support.host import PILEUS
+from support.tiny_kernel import tiny_kernel
 
 GOALS = ("bench",)
 MARK = b"kernel entered"  # what pileus says on stderr right before its first KVM_RUN
@@ -35,7 +35,7 @@ def run(options: Options) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         kernel, disk = Path(scratch, "kernel"), Path(scratch, "disk")
-        kernel.write_bytes(_boot()._tiny_kernel())
+        kernel.write_bytes(tiny_kernel(b"!"))
         for path in (disk, *(Path(f"{disk}{number}") for number in range(4))):
             with path.open("wb") as file:
                 file.truncate(64 << 20)
@@ -43,16 +43,6 @@ def run(options: Options) -> list[Row]:
             commands = [_command(kernel, disk, words, offload) for offload in (",offload=on", "")]
             rows += _rows(name, commands, options.runs or 20)
     return rows
-
-
-def _boot():  # type: ignore[no-untyped-def]
-    """The benchmark of starts, whose kernel this is."""
-    spec = importlib.util.spec_from_file_location("bench_boot", ROOT / "bench" / "boot.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _command(kernel: Path, disk: Path, words: list[str], offload: str) -> list[str]:
@@ -79,8 +69,8 @@ def _measure(command: list[str]) -> tuple[float, float, float]:
     """Milliseconds to the first KVM_RUN, and both kinds of MiB once it is idle."""
     with _started(command) as (process, milliseconds):
         time.sleep(SETTLED)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        sizes = [_memory(int(pid)) for pid in (process.pid, *children)]
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        sizes = [_memory(pid) for pid in (process.pid, *map(int, children.split()))]
     return milliseconds, sum(pss for pss, _ in sizes), sum(own for _, own in sizes)
 
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         """A way to front-ends: Client, Server or Inherited of ``vhost_user.connection``."""
 
         path: str
-        over: bool
 
         def fileno(self) -> int: ...
         def attempt(self) -> socket.socket | None: ...

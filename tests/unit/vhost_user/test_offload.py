@@ -104,7 +104,7 @@ def test_an_image_that_is_none_is_told(tmp_path: Path) -> None:
     path.write_bytes(b"")
     loop = Loop()
     before = descriptors()
-    with pytest.raises(HostError, match="cannot start pileus-blk: .*image.*a disk has at least one sector"):
+    with pytest.raises(HostError, match=r"cannot start pileus-blk: .*image.*a disk has at least one sector"):
         disk(path)(loop)
     assert descriptors() == before
     assert children() == []
