@@ -190,9 +190,10 @@ class TestSystem:
         assert system.power_off() == 0
 
     def test_vmlinux_boot_noacpi(self, debian: StartSystem) -> None:
-        system = debian(kernel=TRIXIE_PVH, cmdline=f"{QUIET} acpi=off", cpus="1", console="tty")
+        # A cloud kernel has no MP table's parser, and no local APIC without: no MSI either.
+        system = debian(kernel=Kernel("generic"), cmdline=f"{QUIET} acpi=off", cpus="2", console="tty")
         cpus, memory, entropy = in_system(system)
-        assert cpus == 1
+        assert cpus == 2
         assert memory > SMALL_MEMTOTAL_KB
         assert entropy >= ENTROPY
         assert system.check("grep -c PCI-MSI /proc/interrupts") == "10"  # one disk less than the original
