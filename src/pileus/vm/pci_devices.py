@@ -2,7 +2,6 @@
 
 from pileus.arch.x86_64 import layout
 from pileus.arch.x86_64.acpi import pci as acpi_pci
-from pileus.kvm.routing import Routes
 from pileus.pci.allocator import Window
 from pileus.pci.bus import PciBus
 from pileus.pci.host_bridge import PORT, PORTS, ConfigPorts, Ecam, host_bridge
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from pileus.bus import Bus
     from pileus.cleanup import Cleanup
     from pileus.kvm import Vm
+    from pileus.kvm.routing import Routes
     from pileus.memory import GuestMemory
     from pileus.virtio.device import VirtioDevice
 
@@ -26,6 +26,7 @@ class PciDevices:
     def __init__(
         self,
         vm: "Vm",
+        routes: "Routes",
         ports: "Bus",
         mmio: "Bus",
         memory: "GuestMemory",
@@ -35,7 +36,7 @@ class PciDevices:
         self._vm = vm
         self._memory = memory
         self._cleanup = cleanup
-        self._routes = Routes(vm, layout.GSI_FIRST_MSI)
+        self._routes = routes
         below_4g = Window(layout.PCI_MMIO_32BIT, layout.PCI_MMIO_32BIT_SIZE)
         self.bus = PciBus(mmio, below_4g, None if above_4g is None else Window(*above_4g))
         self.bus.add(host_bridge())
