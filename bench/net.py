@@ -1,6 +1,6 @@
 """virtio-net over a TAP: packets and bytes a second, and CPU per packet, beside QEMU and a bare loop.
 
-Everything runs on this very host. A driver in another process (``parts/net_driver.c``) shares memory with
+Everything runs on this very host. A driver in another process (``parts/net_driver.py``) shares memory with
 the device and blasts packets through its queues, for pileus and QEMU alike: QEMU's guest is a halted CPU, its
 device is set up and kicked by the qtest protocol. The bare loop calls write or read on the same TAP, without
 rings: the kernel's own share. All is in a network namespace of its own, where the stack drops each frame.
@@ -17,19 +17,18 @@ import statistics
 import struct
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from support.bench import Options, Row
-from support.host import CACHE, PYTHON, ROOT, ScriptError
+from support.host import PYTHON, ROOT, ScriptError, say
 from support.host import run as run_command
 
 GOALS = ("bench",)
 PARTS = ROOT / "bench" / "parts"
-DRIVER = CACHE / "net_driver"
+DRIVER = PARTS / "net_driver.py"
 QEMU, LOOP = "QEMU", "bare loop"
 SECONDS = 1.0
 MEMORY = 64 << 20
@@ -37,7 +36,7 @@ INTERFACE = "bench0"
 DEVICE_CPU, DRIVER_CPU = 0, 1
 CLONE_NEWNET = 0x40000000
 
-QUEUE_SIZE, RINGS = 256, 0x10000  # as in parts/net_driver.c
+QUEUE_SIZE, RINGS = 256, 0x10000  # as in parts/net_driver.py
 MMIO, MMIO_STRIDE, MMIO_COUNT, MAGIC = 0xFEB00000, 0x200, 8, 0x74726976  # of -M microvm
 QUEUE_NOTIFY = 0x50
 # Checksums, segmentation both ways, mergeable buffers; indirect descriptors and EVENT_IDX; VERSION_1.
@@ -81,7 +80,6 @@ CASES = (
 def run(options: Options) -> list[Row]:
     if os.geteuid() != 0:
         raise ScriptError("making a network namespace and a TAP takes root")
-    run_command(["cc", "-O2", "-Wall", "-o", str(DRIVER), str(PARTS / "net_driver.c")])
     rows: list[Row] = []
     with _namespace():
         for case in CASES:
@@ -96,7 +94,15 @@ def _rows(case: Case, runs: int) -> list[Row]:
     figures: dict[str, list[Figure]] = {name: [] for name in measures}
     for _ in range(runs):
         for name, measure in measures.items():
-            figures[name].append(measure(case))
+            figure = measure(case)
+            if figure.packets:
+                figures[name].append(figure)
+            else:
+                say(f"{case.name}, {name}: starved, a run moved no packet and does not count")
+    if starved := [name for name, kept in figures.items() if not kept]:
+        raise ScriptError(
+            f"{case.name}: no run of {' and '.join(starved)} moved a packet: is this machine busy?"
+        )
     rows = []
     for peer in list(measures)[1:]:
         own, other = figures["pileus"], figures[peer]
@@ -169,20 +175,31 @@ def _shared_memory() -> Iterator[int]:
 
 def _driver(case: Case, fd: int, kick: int, text: str) -> subprocess.Popen[bytes]:
     words = [case.mode, fd, kick, kick, text, INTERFACE, case.length, case.gso, SECONDS]
-    command = ["taskset", "-c", str(DRIVER_CPU), str(DRIVER), *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, close_fds=False)
+    return _python(DRIVER_CPU, DRIVER, *words)
+
+
+def _python(cpu: int, script: Path, *words: object) -> subprocess.Popen[bytes]:
+    """A part of this benchmark, pinned to ``cpu``, with the descriptors it inherits."""
+    command = ["taskset", "-c", str(cpu), str(PYTHON), str(script), *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, close_fds=False, env=environment)
 
 
 def _measure(driver: subprocess.Popen[bytes], device: int) -> Figure:
     """Wait for the driver's figures; ``device`` is the process whose CPU time counts."""
+    _expect(driver, b"go\n")
     assert driver.stdout
-    if driver.stdout.readline() != b"go\n":
-        raise ScriptError("the driver of the benchmark failed")
     before = _cpu_seconds(device)
     packets, seconds = driver.stdout.readline().split()
     cpu = _cpu_seconds(device) - before
     driver.wait()
     return Figure(int(packets), float(seconds), cpu)
+
+
+def _expect(driver: subprocess.Popen[bytes], line: bytes) -> None:
+    assert driver.stdout
+    if driver.stdout.readline() != line:
+        raise ScriptError("the driver of the benchmark failed")
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -313,10 +330,9 @@ def _loop_tx(case: Case, fd: int) -> Figure:
 def _loop_rx(case: Case, fd: int) -> Figure:
     with _shared_memory() as counter:
         words = ["plain-reader", fd, counter, 0, "-", INTERFACE, case.length, 0, 0]
-        command = ["taskset", "-c", str(DEVICE_CPU), str(DRIVER), *map(str, words)]
-        reader = subprocess.Popen(command, close_fds=False)
+        reader = _python(DEVICE_CPU, DRIVER, *words)
         try:
-            time.sleep(0.1)  # until it is the driver that runs, and reads
+            _expect(reader, b"ready\n")
             return _measure(_driver(case._replace(mode="plain-rx"), counter, 0, "-"), reader.pid)
         finally:
             reader.kill()

@@ -13,6 +13,7 @@ import argparse
 import faulthandler
 import os
 import random
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from pileus.memory import GuestMemory  # noqa: E402
+from pileus.memory._iommu import Endpoint  # noqa: E402
 from pileus.testing import F_INDIRECT, F_NEXT, F_WRITE, FakeDriver, make_memory  # noqa: E402
 from pileus.virtio import status  # noqa: E402
 from tests.unit.virtio.factories import FACTORIES, Factory  # noqa: E402
@@ -49,6 +51,8 @@ class Case:
         for _ in range(STEPS):
             self.choose.choices(list(ACTIONS), list(ACTIONS.values()))[0](self)
             assert self.driver.status & ~(READY | status.NEEDS_RESET | status.FAILED) == 0
+        if self.driver.scrambled is not None and isinstance(self.device.iommu, Endpoint):
+            self.driver.scrambled.map(self.device.iommu)
         self.driver.start()
         assert self.driver.status == READY, "it does not recover"
 
@@ -113,7 +117,7 @@ class Case:
         """Anything over the rings themselves, or anywhere."""
         ring = self.driver.rings[self.queue()]
         base = self.choose.choice([ring.descriptors, ring.available, ring.used_ring, 0x1000])
-        self.driver.memory.write(base + self.choose.randrange(512), self.data())
+        ring.memory.write(base + self.choose.randrange(512), self.data())
 
     def kick(self) -> None:
         index = self.queue()
@@ -128,6 +132,40 @@ class Case:
     def write_config(self) -> None:
         offset = self.choose.choice([0, 4, 8, 16, 20, 32, self.choose.randrange(1 << 12)])
         self.driver.write_config(offset, self.choose.randbytes(self.choose.choice([1, 2, 4, 8])))
+
+    def unmap(self) -> None:
+        """Take a page away from a device behind an IOMMU, or many, or map all again."""
+        endpoint, scrambled = self.device.iommu, self.driver.scrambled
+        if scrambled is None or not isinstance(endpoint, Endpoint):
+            return
+        kind = self.choose.random()
+        if kind < 0.3:
+            scrambled.map(endpoint)
+        elif endpoint.domain is not None:
+            scrambled.unmap(endpoint, self.choose.randrange(MIB), 1 if kind < 0.9 else MIB)
+
+    def request(self) -> None:
+        """Something for an IOMMU, on whatever queue: all numbers small, so that they meet."""
+        choose = self.choose
+        first = choose.choice([0, 4096, 8192, 0xFEE00000, (1 << 48) - 4096, (1 << 64) - 4096])
+        last = (first + choose.choice([4095, 8191, 0, 1, (1 << 30) - 1])) & (1 << 64) - 1
+        numbers = struct.pack("<II", choose.randrange(3), choose.choice([8, 16, 24]))
+        fields = {
+            1: numbers + struct.pack("<II", choose.randrange(3), choose.random() < 0.05),
+            2: numbers + bytes(8),
+            3: struct.pack("<IQQQI", choose.randrange(3), first, last, first, choose.randrange(5)),
+            4: struct.pack("<IQQ4x", choose.randrange(3), first, last),
+            5: numbers[4:] + bytes(64),
+        }
+        kind = choose.choice(list(fields))
+        head = bytes([kind]) + choose.randbytes(3)
+        cut = choose.choice([None, None, None, choose.randrange(80)])
+        try:
+            self.driver.add(
+                [(head + fields[kind])[:cut] or b"\0"], [choose.choice([4, 68, 1, 200])], self.queue()
+            )
+        except MemoryError:
+            pass
 
     def read_config(self) -> None:
         size = self.choose.choice([1, 2, 4, 8])
@@ -196,6 +234,8 @@ ACTIONS: dict[Callable[[Case], None], int] = {  # and how often
     Case.restart: 6,
     Case.restart_with_other_features: 2,
     Case.host: 3,
+    Case.unmap: 3,
+    Case.request: 4,
     Case.save: 1,
 }
 HOST: dict[tuple[str, str], Callable[[random.Random], tuple[object, ...]]] = {  # method -> its arguments

@@ -1,7 +1,7 @@
 """The device's process of the network benchmark: pileus's virtio-net, its queues set up as a guest would.
 
-``net_backend.py MEMORY_FD INTERFACE PROGRAM MODE LENGTH GSO SECONDS`` runs PROGRAM, the driver, and prints
-packets, seconds, and the CPU seconds that this process took meanwhile.
+``net_backend.py MEMORY_FD INTERFACE PROGRAM MODE LENGTH GSO SECONDS`` runs PROGRAM, the driver's script, and
+prints packets, seconds, and the CPU seconds that this process took meanwhile.
 """
 
 import os
@@ -45,10 +45,9 @@ def main(
     kicks = [device.queues[index].kick_fd for index in (0, 1)]
     for fd in (memory_fd, *kicks):
         os.set_inheritable(fd, True)
-    command = [program, mode, str(memory_fd), *map(str, kicks), "-", interface, length, gso, seconds]
-    driver = subprocess.Popen(
-        ["taskset", "-c", str(DRIVER_CPU), *command], stdout=subprocess.PIPE, close_fds=False
-    )
+    words = [mode, memory_fd, *kicks, "-", interface, length, gso, seconds]
+    command = ["taskset", "-c", str(DRIVER_CPU), sys.executable, program, *map(str, words)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, close_fds=False)
     assert driver.stdout
     assert driver.stdout.readline() == b"go\n"
     before = time.process_time()

@@ -20,7 +20,8 @@ GUEST = Path(__file__).parent / "guest"
 # Those of them that a kernel has: 5.10 keeps all of pvpanic in one, 6.12 has virtio_pci and hvc built in.
 MODULES = [
     "pvpanic", "pvpanic-mmio", "pvpanic-pci", "virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net",
-    "virtio_console", "virtio_rng", "virtio_balloon",
+    "virtio_console", "virtio_rng", "virtio_balloon", "virtio_pmem", "nd_pmem", "nfit",
+    "virtio_iommu",
 ]  # fmt: skip
 TOOLS = ["/sbin/mke2fs", "/sbin/e2fsck"]  # e2fsprogs is on every Debian; busybox's mke2fs makes no ext4
 APPLETS = GUEST / "applets"  # those of busybox that the guest has as commands

@@ -125,7 +125,7 @@ def run_nested(
     arguments = [
         str(emulator.fetch()), "-nodefaults", "-no-user-config", "-no-reboot",
         "-display", "none", "-vga", "none",
-        "-machine", machine, "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max",
+        "-machine", machine, "-accel", "tcg,thread=multi,tb-size=2047", "-cpu", "max",
         "-smp", str(cpus), "-m", memory,
         "-kernel", str(kernel), "-append", parameters,
         "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
@@ -173,7 +173,7 @@ def _boot_files() -> tuple[Path, bytes]:
 
 def _base_archive(image: Path) -> bytes:
     archive = initramfs.Cpio()
-    for directory in ("dev", "proc", "sys", "host", "upper", "root", "tmp"):
+    for directory in ("copy", "dev", "proc", "sys", "host", "upper", "root", "tmp"):
         archive.directory(directory)
     archive.console("dev/console")
     initramfs.add_busybox(archive)
@@ -294,7 +294,10 @@ class _Emulator:
             pump.join()
         if not self._status.strip():
             tail = self._console.decode(errors="replace").splitlines()[-25:]
-            raise ScriptError("the emulated machine ended before the command did:\n" + "\n".join(tail))
+            raise ScriptError(
+                f"the emulated machine ended, with status {process.returncode}, before the command did:\n"
+                + "\n".join(tail)
+            )
         return int(self._status)
 
 

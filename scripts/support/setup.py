@@ -25,7 +25,17 @@ PACKAGES = {
     "guest": ["busybox-static", "e2fsprogs", "kmod", "xz-utils", "zstd"],
     "system": ["mmdebstrap", "e2fsprogs", "openssh-client", "xfsprogs"],
     "nested": ["kmod", "busybox-static", "xz-utils", "zstd", "lz4"],
-    "test": ["acpica-tools", "curl", "git", "iperf3", "iproute2", "iputils-ping", "qemu-utils>=10", "socat"],
+    "test": [
+        "acpica-tools",
+        "curl",
+        "gdb",
+        "git",
+        "iperf3",
+        "iproute2",
+        "iputils-ping",
+        "qemu-utils>=10",
+        "socat",
+    ],
     "bench": ["qemu-system-x86>=10", "qemu-utils>=10", "iproute2"],
 }
 NEEDS = {  # a goal and the goals it rests on
@@ -42,6 +52,7 @@ TOOL_REQUIREMENTS = {
 }
 VENV_REQUIREMENTS = {
     "test": [
+        "drgn>=0.0.30",
         "pytest>=8,<9.2",  # with 9.2 xdist groups nothing (its issue 1386): shared guests would boot twice
         "pytest-reportlog>=0.4",
         "pytest-xdist>=3",

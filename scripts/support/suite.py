@@ -1,4 +1,4 @@
-"""Installs what is missing, builds, and runs every test: ``scripts/test [TIER]… [-- PYTEST-ARGUMENT…]``.
+"""Installs what is missing, builds, runs every test: ``scripts/test [--long] [TIER]… [-- PYTEST-ARGUMENT…]``.
 
 =======  ====================================================================================
 lint     ruff and mypy
@@ -14,6 +14,7 @@ tier asked for did run.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,20 +25,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from support import guests, system
-from support.host import CACHE, PYTHON, ROOT, TOOLS, ScriptError, run, say
+from support.host import CACHE, PYTHON, ROOT, TOOLS, ScriptError, has_full_kvm, run, say
 from support.nested import run_nested
 from support.setup import setup
 
 RESULTS = CACHE / "results"
 GUEST_TIMEOUT = 40 * 60.0  # of one batch
-GUEST_PATIENCE = 10 * 60.0  # for the next result
+GUEST_PATIENCE = 7 * 60.0  # for the next result
 GUEST_MACHINES = 4  # for one batch
-BASICS = {"test_boot", "test_console", "test_memory", "test_pci", "test_power"}
+NO_TESTS = 5  # pytest's status where none was left
+GUEST_BUDGET = 74 * 60.0  # of all batches: a run that takes longer says where it stood
+BATCH = "PILEUS_TEST_BATCH"  # the name of the only one to run
+# The files of each emulated machine: few enough to end before its buffer of translated code is full, of
+# which guests die (docs/nested.md).
+BATCHES = {
+    "boot": {"test_boot", "test_console", "test_irqchip"},
+    "memory": {"test_memory", "test_pci", "test_power"},
+    "machine": {"test_devices", "test_disks", "test_network"},  # they share two Debian guests
+    "reference": {"test_reference"},
+    "sockets": {"test_api", "test_vsock"},
+    "direct": {"test_iommu", "test_pmem", "test_vfio", "test_vfio_user"},
+}
 # Two guests at a time: the emulated machine has two processors, and a guest mostly uses one.
 GUEST_WORKERS = 2
 # Unit tests that skip themselves, in part, where the host's KVM cannot run stock kernels.
 NEED_COMPLETE_KVM = [
     "tests/unit/kvm",
+    "tests/unit/vm/test_persistent.py::test_a_guest_that_touches_what_was_cut_off_is_stopped_with_a_reason",
     "tests/unit/vmm/test_vmm.py::test_a_triple_fault_is_told_and_resets",
 ]
 
@@ -68,7 +82,11 @@ def main(arguments: list[str]) -> int:
         prog="scripts/test", description="install what is missing, build, run every test"
     )
     parser.add_argument("tiers", nargs="*", metavar="TIER", help=f"{', '.join(TIERS)} (default: all)")
-    chosen = parser.parse_args(own).tiers or list(TIERS)
+    parser.add_argument("--long", action="store_true", help="the tests that take minutes each as well")
+    options = parser.parse_args(own)
+    chosen = options.tiers or list(TIERS)
+    if not options.long:
+        rest = ["-m", "not long", *rest]
     for tier in chosen:
         if tier not in TIERS:
             parser.error(f"{tier}: a tier is one of {', '.join(TIERS)}")
@@ -93,7 +111,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _lint(_: list[str]) -> Outcome:
     tools = TOOLS / "bin"
-    sources = ["src", "tests", "scripts", "bench", "fuzz", "setup.py"]
+    sources = ["src", "tests", "scripts", "bench", "fuzz", "examples", "setup.py"]
     checks = [
         [str(tools / "ruff"), "check", "--quiet", *sources],
         [str(tools / "ruff"), "format", "--check", "--quiet", *sources],
@@ -104,6 +122,8 @@ def _lint(_: list[str]) -> Outcome:
             "env",
             "MYPYPATH=scripts",
             str(tools / "mypy"),
+            "--python-executable",
+            str(PYTHON),
             "--strict",
             *map(str, sorted(ROOT.glob("bench/*.py"))),
         ],
@@ -158,20 +178,28 @@ def _guest(arguments: list[str]) -> Outcome:
     assets = [path for name in wanted for path in sorted(guests.GUESTS.glob(f"*/{name}"))]
     copy = [ROOT / ".venv", ROOT / "src", ROOT / "tests", *assets]
 
+    end = time.monotonic() + GUEST_BUDGET
+
     def start(command: list[str], log: Path) -> int:
+        if (left := end - time.monotonic()) < 60:
+            raise ScriptError("the guest tests have had their time")
         return run_nested(
             command,
             write=[RESULTS],
             copy=copy,
             disks=system.scratch_disks(),
             modules=["tun"],
-            timeout=GUEST_TIMEOUT,
+            timeout=min(GUEST_TIMEOUT, left),
             progress=(log, GUEST_PATIENCE),
         )
 
     outcome = Outcome()
     for name, files in _guest_batches().items():
-        outcome += _guest_batch(name, [*files, *arguments], start)
+        if os.environ.get(BATCH, name) == name:
+            started = time.monotonic()
+            batch = _guest_batch(name, [*files, *arguments], start)
+            say(f"--- guest, batch {name}: {batch}, {time.monotonic() - started:.0f} s")
+            outcome += batch
     if any("KVM cannot run" in reason for reason in outcome.reasons):
         # They ran where scripts/nested put them, so that KVM should have been complete.
         say("the guest tests were skipped though this machine can run them")
@@ -181,30 +209,48 @@ def _guest(arguments: list[str]) -> Outcome:
 
 def _guest_batches() -> dict[str, list[str]]:
     """The files of each emulated machine."""
-    found = sorted((ROOT / "tests" / "guest").glob("test_*.py"))
-    batches: dict[str, list[str]] = {"basics": [*NEED_COMPLETE_KVM]}
-    for path in found:
-        batch = "basics" if path.stem in BASICS else path.stem.removeprefix("test_")
+    batches: dict[str, list[str]] = {"memory": [*NEED_COMPLETE_KVM]}
+    for path in sorted((ROOT / "tests" / "guest").glob("test_*.py")):
+        batch = next((name for name, stems in BATCHES.items() if path.stem in stems), "others")
         batches.setdefault(batch, []).append(str(path.relative_to(ROOT)))
     return batches
 
 
 def _guest_batch(name: str, arguments: list[str], start: Callable[[list[str], Path], int]) -> Outcome:
-    """One batch. If the emulated machine dies under it, another takes what has not ended yet."""
+    """One batch. If the emulated machine dies under it, another takes what has not ended yet.
+
+    Emulated processors now and then deliver an interrupt twice, of which a guest in its entry code dies
+    (docs/nested.md). So a test that failed in an emulated machine is run once more in another.
+    """
     # loadgroup: tests that share a guest run in one process.
     spread = ["-n", str(GUEST_WORKERS), "--dist", "loadgroup", "-v"]
-    outcome = Outcome()
-    ended: list[str] = []
+    log, status = _until_ended(f"guest-{name}", start, [*spread, *arguments])
+    outcome = log.outcome
+    if log.complete and log.failed and not has_full_kvm():
+        say(f"failed in an emulated machine, and tried once more: {', '.join(log.failed)}")
+        again, status = _until_ended(f"guest-{name}-again", start, [*spread, *log.failed])
+        outcome.passed += again.outcome.passed
+        outcome.failed -= again.outcome.passed
+    return _checked(outcome, status)
+
+
+def _until_ended(
+    tier: str, start: Callable[[list[str], Path], int], arguments: list[str]
+) -> "tuple[Log, int]":
+    """The tests of ``arguments``, in as many machines as it takes, up to a bound: those die now and then."""
+    total = Log()
     for _ in range(GUEST_MACHINES):
-        rest = [word for test in ended for word in ("--deselect", test)]
-        log, status = _pytest(f"guest-{name}", start, [*spread, *rest, *arguments], folders=[])
-        outcome += log.outcome
+        rest = [word for test in total.ended for word in ("--deselect", test)]
+        log, status = _pytest(tier, start, [*rest, *arguments], folders=[])
+        total.outcome += log.outcome
+        total.ended += log.ended
+        total.failed += log.failed
         if log.complete:
-            return _checked(outcome, status)
-        say(f"the emulated machine ended with status {status} under the batch {name}: another takes the rest")
-        ended += log.ended
-    outcome.failed += 1
-    return outcome
+            total.complete = True
+            return total, 0 if status == NO_TESTS and total.ended else status
+        say(f"the emulated machine ended with status {status} under {tier}: another takes the rest")
+    total.outcome.failed += 1
+    return total, status
 
 
 def _native(tier: str, arguments: list[str]) -> Outcome:
@@ -228,6 +274,7 @@ class Log:
 
     outcome: Outcome = field(default_factory=Outcome)
     ended: list[str] = field(default_factory=list)  # the tests that did
+    failed: list[str] = field(default_factory=list)  # those of them that failed
     complete: bool = False
 
 
@@ -270,6 +317,7 @@ def _read_log(path: Path) -> Log:
                 worst[test] = entry["outcome"]
             if entry["when"] == "teardown":
                 log.ended.append(test)
+    log.failed = [test for test in log.ended if worst[test] == "failed"]
     counts = Counter(worst[test] for test in log.ended)
     log.outcome.passed, log.outcome.failed, log.outcome.skipped = (
         counts["passed"],

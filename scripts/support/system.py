@@ -61,7 +61,8 @@ MASKED = [
     "systemd-rfkill.socket", "systemd-sysext.socket", "systemd-tpm2-setup.service",
     "systemd-tpm2-setup-early.service", "systemd-udev-load-credentials.service",
 ]  # fmt: skip
-GENERATORS = ["systemd-getty-generator"]  # kept: it starts a shell on each console of the kernel
+# Kept: one starts a shell on each console of the kernel, one runs the command of systemd.run=.
+GENERATORS = ["systemd-getty-generator", "systemd-run-generator"]
 
 
 def build(*, refresh: bool = False) -> Path:

@@ -1,6 +1,6 @@
 """What the compiled parts share: a mutex, eventfds signalled without the GIL, loads and stores in order."""
 
-from libc.stdint cimport uint16_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
 
 
 cdef extern from "<pthread.h>" nogil:
@@ -47,5 +47,6 @@ cdef extern from *:
     uint16_t load_u16 "pileus_load_u16"(const uint16_t *place) nogil
     uint16_t load_acquire_u16 "pileus_acquire_u16"(const uint16_t *place) nogil
     void store_u16 "pileus_store_u16"(uint16_t *place, uint16_t value) nogil
+    void store_release_u8 "pileus_release_u16"(uint8_t *place, uint8_t value) nogil
     void store_release_u16 "pileus_release_u16"(uint16_t *place, uint16_t value) nogil
     void full_fence "pileus_full_fence"() nogil

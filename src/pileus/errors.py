@@ -7,6 +7,7 @@
     ├── StateError             the right request at the wrong time
     ├── HostError              the host refused a file, socket, TAP, …
     │   └── KvmError           … or an ioctl of /dev/kvm
+    ├── ApiError               a VMM said no to its client
     ├── GuestError             the guest broke a device's rules; stays inside that device
     └── ProtocolError
         ├── LocalProtocolError     we did
@@ -59,6 +60,15 @@ class KvmError(HostError):
         )
         self.name = name
         self.errno = errno
+
+
+class ApiError(PileusError):
+    """A VMM answered its client with the HTTP ``status`` and these ``sentences``, outermost first."""
+
+    def __init__(self, status: int, sentences: list[str]) -> None:
+        super().__init__(" ".join(sentences) or f"the API answers with status {status}")
+        self.status = status
+        self.sentences = sentences
 
 
 class GuestError(PileusError):

@@ -10,12 +10,14 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ASSETS = ROOT / ".cache" / "guests"
 PILEUS = Path(sys.prefix) / "bin" / "pileus"
+IRQCHIP = os.environ.get("PILEUS_TEST_IRQCHIP")  # for all guests: "split"
 PROMPT = "guest# "
 # Generous: a boot takes 6 to 25 s in an emulated machine whose two cores others use as well. A test waits
 # for events, never for time, so only a failing one gets here.
@@ -88,7 +90,8 @@ class Guest:
     """
 
     def __init__(self, options: list[str], log: Path, *, terminal: bool = True) -> None:
-        self.command = [str(PILEUS), *options, "-vvv", "--log-file", str(log)]
+        irqchip = ["--irqchip", IRQCHIP] if IRQCHIP and "--irqchip" not in options else []
+        self.command = [str(PILEUS), *options, *irqchip, "-vvv", "--log-file", str(log)]
         self.log_file = log
         self.console = Reader()
         self.started = time.monotonic()
@@ -137,9 +140,25 @@ class Guest:
         """The log of pileus so far, at level debug."""
         return self.log_file.read_text() if self.log_file.exists() else ""
 
+    def threads(self) -> str:
+        """What each thread of pileus is at, for whoever looks into a hang; CPU time twice, a second apart."""
+        text = ""
+        for _ in range(2):
+            for task in sorted(Path(f"/proc/{self.process.pid}/task").glob("*")):
+                try:
+                    stack = " < ".join(
+                        line.split()[-1] for line in (task / "stack").read_text().splitlines()[:5]
+                    )
+                    ran = int((task / "schedstat").read_text().split()[0]) / 1e9
+                    text += f"{task.name} {(task / 'comm').read_text().strip()}: {ran:.3f} s, in {stack}\n"
+                except OSError:
+                    continue  # it ended, or we may not look
+            time.sleep(1)
+        return f"threads:\n{text}"
+
     def expect(self, pattern: str, timeout: float = TIMEOUT) -> str:
         """Wait for the regular expression after what was matched last; return the text up to its end."""
-        return self.console.expect(pattern, timeout)
+        return self.console.expect(pattern, timeout, lambda: self.process.poll() is not None)
 
     def expect_log(self, text: str, timeout: float = TIMEOUT) -> str:
         """Wait until the log holds ``text``; return the log."""
@@ -226,20 +245,26 @@ class Reader:
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
-    def expect(self, pattern: str, timeout: float) -> str:
+    def expect(self, pattern: str, timeout: float, silent: Callable[[], bool] = lambda: False) -> str:
+        """See Guest.expect; ``silent`` returns whether nobody writes any more."""
         deadline = time.monotonic() + timeout
         wanted = re.compile(pattern)
         with self._news:
             while True:
+                last = silent()  # before the look: what was written before is found by it, or drained
+                if last:
+                    self._news.release()
+                    self.drain()
+                    self._news.acquire()
                 if found := wanted.search(self._text, self._position):
                     text = self._text[self._position : found.end()]
                     self._position = found.end()
                     return text
                 left = deadline - time.monotonic()
-                if self._ended or left <= 0:
-                    why = "output ended" if self._ended else f"not within {timeout:g} s"
+                if self._ended or last or left <= 0:
+                    why = "output ended" if self._ended or last else f"not within {timeout:g} s"
                     raise NotSeenError(f"{pattern!r}: {why}; what came:\n{self._text[-4000:]}")
-                self._news.wait(left)
+                self._news.wait(min(left, 1.0))
 
     def drain(self) -> None:
         """Read what is left after the writer's end, without waiting for more."""

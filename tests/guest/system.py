@@ -18,6 +18,7 @@ SSH_PORT = 22
 # An emulated machine on a busy host takes two minutes to a login; a command there a second or more.
 BOOT_TIMEOUT = 400.0
 COMMAND_TIMEOUT = 240.0
+PROBE = 20.0
 QUIET = "console=ttyS0 quiet systemd.show_status=0"
 
 
@@ -78,6 +79,8 @@ class System:
 
     Close it, or use it as a context manager.
     """
+
+    _hung: str | None = None  # a command that had no end
 
     def __init__(
         self,
@@ -157,14 +160,25 @@ class System:
         return self
 
     def run(self, command: str, timeout: float = COMMAND_TIMEOUT) -> subprocess.CompletedProcess[str]:
-        """Run ``command``, some lines of bash, as the guest's root."""
+        """Run ``command``, some lines of bash, as the guest's root.
+
+        A guest that once did not answer is given ``PROBE`` seconds to show that it lives: not every test that
+        shares it is to wait for the whole time.
+        """
+        if self._hung is not None and command != "true":
+            self.run("true", PROBE)
         try:
-            return subprocess.run(
+            done = subprocess.run(
                 [*self._ssh(), f"root@{self.networks[0].guest}", "bash", "-s"],
                 input=command, capture_output=True, text=True, check=False, timeout=timeout, errors="replace",
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise NotSeenError(f"no end after {timeout:g} s of {command}\n{self._story()}") from None
+            before = "" if self._hung is None else f", nor before of {self._hung}"
+            self._hung = self._hung or command
+            text = f"no end after {timeout:g} s of {command}{before}"
+            raise NotSeenError(f"{text}\n{self._story()}\n{self.guest.threads()}") from None
+        self._hung = None
+        return done
 
     def check(self, command: str, timeout: float = COMMAND_TIMEOUT, *, pipefail: bool = True) -> str:
         """Return what ``command`` printed; each of its lines must succeed, and each part of a pipe."""

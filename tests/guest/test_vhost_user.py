@@ -20,12 +20,15 @@ MIB = 1 << 20
 DISK_MIB = 64
 MAC = "2e:00:00:00:00:01"
 ADDRESS, GATEWAY = "10.0.2.15", "10.0.2.2"
+LOADED = "console=ttyS0 quiet pileus.modules=virtio"
 Serve = Callable[[list[str], Path], Backend]
 
 needs_daemon = pytest.mark.skipif(shutil.which(DAEMON) is None, reason=f"no {DAEMON}: run scripts/setup test")
 needs_virtiofsd = pytest.mark.skipif(missing("virtiofsd"), reason="no virtiofsd: run scripts/setup test")
 needs_passt = pytest.mark.skipif(missing("passt"), reason="no passt: run scripts/setup test")
-transports = pytest.mark.parametrize("pci", ["on", "off"])
+# Each of the three on one of the transports, and on the other where there is time.
+on_pci = pytest.mark.parametrize("pci", ["on", pytest.param("off", marks=pytest.mark.long)])
+on_mmio = pytest.mark.parametrize("pci", ["off", pytest.param("on", marks=pytest.mark.long)])
 
 
 @pytest.fixture
@@ -59,13 +62,13 @@ def power_off(guest: Guest) -> None:
 
 
 @needs_daemon
-@transports
+@on_pci
 def test_a_disk_is_read_and_written(start: StartGuest, serve: Serve, tmp_path: Path, pci: str) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(range(256)) * (DISK_MIB * MIB // 256))
     backend = storage_daemon(serve, disk, queues=2)
     option = f"sock={backend.socket},num_queues=2"
-    guest: Guest = start("--vhost-user-blk", option, "--pci", pci, do="shell", cpus="2")
+    guest: Guest = start("--vhost-user-blk", option, "--pci", pci, do="shell", cmdline=LOADED, cpus="2")
     guest.shell()
     assert guest.run("cat /sys/block/vda/size") == str(DISK_MIB * MIB // 512)
     assert hashlib.md5(disk.read_bytes()).hexdigest() in guest.run("md5sum /dev/vda")
@@ -84,7 +87,7 @@ def test_a_disk_whose_back_end_is_killed_goes_on(start: StartGuest, serve: Serve
     with disk.open("wb") as file:
         file.truncate(DISK_MIB * MIB)
     backend = storage_daemon(serve, disk)
-    guest: Guest = start("--vhost-user-blk", f"sock={backend.socket}", do="shell")
+    guest: Guest = start("--vhost-user-blk", f"sock={backend.socket}", do="shell", cmdline=LOADED)
     guest.shell()
     guest.run("dd if=/dev/urandom of=/tmp/data bs=1M count=8")
     told = guest.run("md5sum </tmp/data")
@@ -106,21 +109,23 @@ def test_a_system_boots_from_such_a_disk(start: StartGuest, serve: Serve) -> Non
     try:
         backend = storage_daemon(serve, system.copy_of_root(folder))
         cmdline = "root=/dev/vda rw console=ttyS0 quiet"
-        guest: Guest = start("--disk", f"vhost_user=on,socket={backend.socket}", do="none", cmdline=cmdline)
-        guest.expect("login:", system.BOOT_TIMEOUT)
+        guest: Guest = start("--disk", f"vhost_user=on,socket={backend.socket}", do="root", cmdline=cmdline)
+        guest.expect("root@cloud:~#", system.BOOT_TIMEOUT)
+        guest.type("systemctl poweroff --force\n")
+        assert guest.wait() == 0
     finally:
         shutil.rmtree(folder)
 
 
 @needs_virtiofsd
-@transports
+@on_mmio
 def test_a_directory_is_shared(start: StartGuest, serve: Serve, tmp_path: Path, pci: str) -> None:
     shared, socket = tmp_path / "shared", tmp_path / "fs.socket"
     shared.mkdir()
     (shared / "greeting").write_text("hello\n")
     command = [str(PROGRAMS / "virtiofsd"), "--socket-path", str(socket), "--shared-dir", str(shared)]
     serve([*command, "--sandbox", "none", "--seccomp", "none", "--log-level", "error"], socket)
-    guest: Guest = start("--fs", f"tag=shared,socket={socket}", "--pci", pci, do="shell")
+    guest: Guest = start("--fs", f"tag=shared,socket={socket}", "--pci", pci, do="shell", cmdline=LOADED)
     guest.shell()
     guest.run("mkdir /mnt; mount -t virtiofs shared /mnt")
     assert guest.run("cat /mnt/greeting") == "hello"
@@ -147,18 +152,20 @@ def web(tmp_path: Path) -> Iterator[int]:
 
 
 @needs_passt
-@transports
+@on_pci
 def test_an_interface_needs_no_root_of_the_host(
     start: StartGuest, serve: Serve, tmp_path: Path, web: int, pci: str
 ) -> None:
     socket = tmp_path / "net.socket"
     command = [str(PROGRAMS / "passt"), "--vhost-user", "-f", "-q", "-s", str(socket), "--runas", "0"]
-    serve([*command, "-a", ADDRESS, "-n", "24", "-g", GATEWAY], socket)
-    guest: Guest = start("--vhost-user-net", f"mac={MAC},sock={socket}", "--pci", pci, do="shell")
+    serve([*command, "-a", ADDRESS, "-n", "24", "-g", GATEWAY, "--map-host-loopback", GATEWAY], socket)
+    guest: Guest = start(
+        "--vhost-user-net", f"mac={MAC},sock={socket}", "--pci", pci, do="shell", cmdline=LOADED
+    )
     guest.shell()
     assert guest.run("cat /sys/class/net/eth0/address") == MAC
     guest.run(f"ip link set eth0 up; ip addr add {ADDRESS}/24 dev eth0; ip route add default via {GATEWAY}")
     assert "Received 1" in guest.run(f"arping -c 1 -w 20 -I eth0 {GATEWAY}")
-    fetched = guest.run(f"wget -q -O - http://{GATEWAY}:{web}/data | md5sum")
-    assert hashlib.md5((tmp_path / "data").read_bytes()).hexdigest() in fetched
+    wanted = hashlib.md5((tmp_path / "data").read_bytes()).hexdigest()
+    assert wanted in guest.run(f"wget -q -O - http://{GATEWAY}:{web}/data | md5sum")
     power_off(guest)

@@ -99,15 +99,17 @@ class Host:
     def call(self, what: str, port: int = 1024) -> socket.socket:
         client = socket.socket(socket.AF_UNIX)
         client.settimeout(PATIENCE)
-        client.connect(self.path())
-        client.sendall(f"CONNECT {port}\n{what}\n".encode())
-        answer = b""
-        while not answer.endswith(b"\n"):
-            got = client.recv(1)
-            if not got:
-                client.close()
-                raise ConnectionRefusedError(answer)
-            answer += got
+        try:
+            client.connect(self.path())
+            client.sendall(f"CONNECT {port}\n{what}\n".encode())
+            answer = b""
+            while not answer.endswith(b"\n"):
+                if not (got := client.recv(1)):
+                    raise ConnectionRefusedError(answer)
+                answer += got
+        except OSError:
+            client.close()
+            raise
         assert answer.startswith(b"OK ")
         return client
 
@@ -168,6 +170,7 @@ def test_the_guest_calls_socat_of_the_host(host: Host) -> None:
             socat.terminate()
 
 
+@pytest.mark.long
 def test_much_data_to_the_guest(host: Host) -> None:
     block, digest = os.urandom(MIB), hashlib.sha256()
     with host.call("sum") as client:
@@ -178,6 +181,7 @@ def test_much_data_to_the_guest(host: Host) -> None:
         assert all_of(client).decode() == digest.hexdigest()
 
 
+@pytest.mark.long
 def test_much_data_from_the_guest(host: Host) -> None:
     digest, last = hashlib.sha256(), b""
     with host.call(f"give {BULK}") as client:
@@ -217,7 +221,8 @@ def test_five_hundred_connections_at_once(host: Host) -> None:
 
 
 def test_nobody_listens_on_either_side(host: Host) -> None:
-    with pytest.raises(ConnectionRefusedError):
+    # A reset where the host had not read all that came before it closed the connection.
+    with pytest.raises((ConnectionRefusedError, ConnectionResetError)):
         host.call("echo", port=4096)
     assert "ConnectionResetError" in host.system.run("python3 /root/caller.py 4096 1 hello").stderr
 

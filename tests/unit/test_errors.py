@@ -6,6 +6,7 @@ import pytest
 
 from pileus import errors
 from pileus.errors import (
+    ApiError,
     ConfigError,
     GuestError,
     HostError,
@@ -38,6 +39,8 @@ SENTENCES: list[tuple[PileusError, str]] = [
         "cannot use /dev/kvm: KVM_RUN failed: Bad address (vCPU 0)",
     ),
     (KvmError("KVM_RUN", errno.EFAULT), "cannot use /dev/kvm: KVM_RUN failed: Bad address"),
+    (ApiError(400, ["--cpus 0: no.", "Bad."]), "--cpus 0: no. Bad."),
+    (ApiError(429, []), "the API answers with status 429"),
     (GuestError("rng0: a request is writable only"), "rng0: a request is writable only"),
 ]
 

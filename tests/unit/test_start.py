@@ -39,6 +39,7 @@ def test_a_whole_run_imports_nothing_slow(tmp_path: Path, serial: str, pvh: bool
     words = ["--kernel", str(kernel), "--serial", serial.replace("FOLDER", str(tmp_path))]
     words += ["--memory", f"size=16M,file={ram}", "--cpus", "2"]
     words += ["--vsock", f"cid=3,socket={tmp_path}/vsock"]
+    words += ["--pmem", f"file={tmp_path},size=2M", f"file={tmp_path},size=2M,nvdimm=on"]
     result = subprocess.run(
         [*BARE, "-c", SCRIPT, str(SOURCES), *words],
         env=os.environ | {"PILEUS_ANY_KVM": "1"},

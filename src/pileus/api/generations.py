@@ -36,7 +36,7 @@ NEUTRAL: "dict[str, dict[str, tuple[Json, ...]]]" = {  # struct -> field -> valu
         **dict.fromkeys(("balloon", "platform", "tpm"), (None,)),
         "vsock": NONE,
         "debug_console": ({"file": None, "mode": "Off", "iobase": 233}, None),
-        "iommu": (False, None),
+        "iommu": (False, True, None),  # it is there where a device is behind it
         "watchdog": (False, None),
         "pvpanic": (True, False, None),  # always there
         "landlock_enable": (False, None),
@@ -58,6 +58,7 @@ NEUTRAL: "dict[str, dict[str, tuple[Json, ...]]]" = {  # struct -> field -> valu
     "ConsoleConfig": {},
     "RngConfig": {},
     "BalloonConfig": {},
+    "PmemConfig": {"pci_segment": (0, None)},
     "FsConfig": {"id": (None,), "pci_segment": (0, None)},
     "DiskConfig": {
         "vhost_user": (False, None),

@@ -5,6 +5,8 @@ Source: OpenAPI 3.1.0, whose schemas are JSON Schema 2020-12.
 
 from pileus import __version__
 from pileus.api import generations
+from pileus.config import wire
+from pileus.config.model import CoredumpConfig
 from pileus.vmm.lifecycle import LIFE, NONE
 
 TYPE_CHECKING = False
@@ -46,6 +48,12 @@ ANSWERS: "dict[str, Json]" = {
             "state": {"enum": [state for state in LIFE if state != NONE]},
             "memory_actual_size": COUNT,
             "device_tree": {"type": ["object", "null"]},
+            "operation": {
+                "type": "object",
+                "description": "what takes long and is under way, with bytes done and in total",
+                "properties": {"name": TEXT, "done": COUNT, "total": COUNT},
+                "required": ["name", "done", "total"],
+            },
         },
         "required": ["config", "state"],
     },
@@ -54,6 +62,7 @@ ANSWERS: "dict[str, Json]" = {
         "additionalProperties": {"type": "object", "additionalProperties": COUNT},
     },
 }
+REQUESTS = {struct.__name__: wire.schema(struct) for struct in (CoredumpConfig,)}  # beside VmConfig
 
 
 def document(routes: "Iterable[Route]") -> "dict[str, Json]":
@@ -71,7 +80,7 @@ def document(routes: "Iterable[Route]") -> "dict[str, Json]":
         },
         "servers": [{"url": "http://localhost/api/v1"}],
         "paths": paths,
-        "components": {"schemas": {**generations.schemas(), **ANSWERS}},
+        "components": {"schemas": {**generations.schemas(), **REQUESTS, **ANSWERS}},
     }
 
 

@@ -11,12 +11,15 @@ import os
 from pileus import __version__
 from pileus.api import generations
 from pileus.api.http import Request, Response
+from pileus.config import wire
 from pileus.config.check import check_vm
+from pileus.config.model import CoredumpConfig
 from pileus.config.release import COMPATIBLE
 from pileus.errors import ConfigError, PileusError, StateError
 from pileus.vmm import control
 from pileus.vmm.control import Control, Outcome
 from pileus.vmm.lifecycle import NONE
+from pileus.vmm.operation import CancelledError
 from pileus.vmm.vmm import Vmm
 
 TYPE_CHECKING = False
@@ -139,6 +142,8 @@ def _tried(call: "Callable[[], Any]") -> Outcome:
 def _refusal(error: Exception) -> Response:
     if isinstance(error, StateError):
         status = 404 if error.state == NONE else 409
+    elif isinstance(error, CancelledError):
+        status = 409
     else:
         status = 400 if isinstance(error, ConfigError) else 500
     if not isinstance(error, PileusError):
@@ -173,11 +178,14 @@ def info(view: "View") -> "dict[str, Any]":
     config = generations.encode(view.config)
     for name, path in view.ptys.items():
         config[name]["file"] = path
+    operation = view.operation
+    under_way = operation and {"name": operation.name, "done": operation.done, "total": operation.total}
     return {
         "config": config,
         "state": view.state,
         "memory_actual_size": view.config.memory.size,
         "device_tree": None,
+        **({"operation": under_way} if under_way else {}),
     }
 
 
@@ -185,6 +193,10 @@ def _read_config(body: "Any") -> "Any":
     config = generations.decode(body)
     check_vm(config)
     return config
+
+
+def _read_coredump(body: "Any") -> "Any":
+    return wire.decode(CoredumpConfig, body).path
 
 
 def _openapi(_: Control) -> "dict[str, Any]":
@@ -232,6 +244,22 @@ ROUTES = (
         "vm.power-button",
         "Ask the guest to shut down, by its ACPI power button",
         act=Vmm.press_power_button,
+        errors=(404, 409),
+    ),
+    Route(
+        "PUT",
+        "vm.coredump",
+        "Write a core of the VM to a new file, an ELF that debuggers open; the answer comes at its end",
+        act=Vmm.coredump,
+        read=_read_coredump,
+        request="CoredumpConfig",
+        errors=(400, 404, 409),
+    ),
+    Route(
+        "PUT",
+        "vm.cancel",
+        "Give up the long operation that is under way, if there is one",
+        act=Vmm.cancel,
         errors=(404, 409),
     ),
     Route("PUT", "vm.nmi", "Send an NMI to each vCPU", act=Vmm.send_nmi, errors=(404, 409)),

@@ -17,16 +17,22 @@ PROBE_SIZE = 4096  # O_DIRECT reads whole blocks into aligned memory
 
 
 def open_image(
-    path: str, *, readonly: bool = False, direct: bool = False, format: str | None = None
+    path: str,
+    *,
+    readonly: bool = False,
+    direct: bool = False,
+    format: str | None = None,
+    fd: int | None = None,
 ) -> "Image":
     """The disk in the file or block device at ``path``, locked; the caller closes it.
 
     ``format`` is one of FORMATS, None to see what it looks like. ``direct`` goes around the page cache.
+    With ``fd``, an open descriptor that fits these and is taken over, ``path`` is only its name.
     Raises HostError, and ConfigError for a format that there is not.
     """
     if format not in (None, *FORMATS):
         raise ConfigError("image_type", format, f"known are {' and '.join(FORMATS)}")
-    fd = _open(path, readonly, direct)
+    fd = open_file(path, readonly, direct) if fd is None else _adopt(fd, path)
     try:
         lock(fd, path, readonly=readonly)
         kind = format or _probe(fd, path)
@@ -46,11 +52,20 @@ def open_image(
         raise
 
 
-def _open(path: str, readonly: bool, direct: bool) -> int:
+def open_file(path: str, readonly: bool, direct: bool) -> int:
+    """A descriptor of the image at ``path``. Raises HostError."""
     flags = (os.O_RDONLY if readonly else os.O_RDWR) | (os.O_DIRECT if direct else 0)
     try:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not keep us waiting …
         os.set_blocking(fd, True)  # … and a disk may
+    except OSError as error:
+        raise HostError("open", path, error) from error
+    return fd
+
+
+def _adopt(fd: int, path: str) -> int:
+    try:
+        os.set_inheritable(fd, False)
     except OSError as error:
         raise HostError("open", path, error) from error
     return fd

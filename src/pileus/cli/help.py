@@ -12,10 +12,12 @@ from pileus.config.model import VmmConfig
 
 WIDTH = 80
 SELF_EXPLAINING = (Choice, Switch, Path, Size, Times)  # their metavar, or the introduction, says it all
-INTRODUCTION = f"""\
+HEAD = f"""\
 pileus {__version__}: a virtual machine monitor for KVM
 
 Usage: pileus --kernel PATH [OPTION [VALUE]]...
+"""
+INTRODUCTION = """\
 
 A VALUE with keys is written key=value,key=value, in any order; a key in [ ] may
 be left out. An empty value means the default. Commas within quotes or brackets
@@ -24,9 +26,11 @@ T (powers of 1024). A value that starts with - is written --option=VALUE.
 """
 
 
-def usage(groups: dict[str, tuple[Option, ...]] = GROUPS, root: type[Struct] = VmmConfig) -> str:
+def usage(
+    groups: dict[str, tuple[Option, ...]] = GROUPS, root: type[Struct] = VmmConfig, head: str = HEAD
+) -> str:
     """The whole text, ending in a newline."""
-    lines = [INTRODUCTION]
+    lines = [f"{head}{INTRODUCTION}"]
     for title, options in groups.items():
         lines.append(f"{title}:")
         for option in options:

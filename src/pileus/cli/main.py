@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None, face: str = "pileus") -> int:
     try:
         return _run(sys.argv[1:] if arguments is None else arguments, face)
     except PileusError as error:
-        _say(STDERR, f"pileus: {log.one_line(str(error))}\n")
+        say(STDERR, f"pileus: {log.one_line(str(error))}\n")
         return 1
     except KeyboardInterrupt:  # before the VMM takes signals over
         return 128 + SIGINT
@@ -54,12 +54,12 @@ def _run(arguments: list[str], face: str) -> int:
     if HELP.flag in given:
         from pileus.cli.help import usage
 
-        return _say(STDOUT, usage())
+        return say(STDOUT, usage())
     if VERSION.flag in given:
-        return _say(STDOUT, f"{face} {_version(face)}\n")
+        return say(STDOUT, f"{face} {_version(face)}\n")
     config = configure(given)
-    _start_log(config)
-    _say(STDOUT, summary(config))
+    start_log(config.log_file, config.verbosity)
+    say(STDOUT, summary(config))
     if config.vm is not None and config.vm.payload.kernel is None:
         config.vm = None  # nothing to boot: the API may bring a VM later
     from pileus.vmm.vmm import run
@@ -86,15 +86,16 @@ def _serve(config: "ApiSocketConfig") -> "Callable[[Control], Closeable]":
     return serve
 
 
-def _start_log(config: VmmConfig) -> None:
+def start_log(path: str | None, verbosity: int) -> None:
+    """Raises ConfigError where the file cannot be written."""
     try:
-        log.setup(config.verbosity, config.log_file)
+        log.setup(verbosity, path)
     except OSError as error:
         allowed = f"a file that can be written is needed: {os.strerror(error.errno or 0)}"
-        raise ConfigError("--log-file", config.log_file, allowed) from error
+        raise ConfigError("--log-file", path, allowed) from error
 
 
-def _say(fd: int, text: str) -> int:
+def say(fd: int, text: str) -> int:
     """Write ``text`` as far as its reader wants it, and return the exit status 0."""
     data = text.encode()
     try:

@@ -37,12 +37,15 @@ GROUPS = {
     "Devices": (
         Option("--disk", "vm.disks", LIST),
         Option("--net", "vm.net", LIST),
+        Option("--pmem", "vm.pmem", LIST),
         Option("--rng", "vm.rng"),
         Option("--fs", "vm.fs", LIST),
         Option("--vhost-user-net", "vm.vhost_user_net", LIST),
         Option("--vhost-user-blk", "vm.vhost_user_blk", LIST),
         Option("--balloon", "vm.balloon"),
         Option("--vsock", "vm.vsock"),
+        Option("--device", "vm.devices", LIST),
+        Option("--user-device", "vm.user_devices", LIST),
     ),
     "Terminals of the guest": (
         Option("--serial", "vm.serial"),
@@ -50,6 +53,7 @@ GROUPS = {
     ),
     "This process": (
         Option("--api-socket", "api_socket"),
+        Option("--event-monitor", "event_monitor"),
         Option("--seccomp", "seccomp"),
         Option("--log-file", "log_file"),
         Option("-v", "verbosity", COUNT),

@@ -169,6 +169,28 @@ class Path(Kind):
         return text
 
 
+class FileUrl(Path):
+    """A path, written as ``file:///path``; nothing in it is escaped."""
+
+    metavar = "URL"
+    allowed = "file:// and an absolute path"
+
+    def parse(self, text: str) -> str:
+        path = super().parse(text).removeprefix("file://")
+        if not text.startswith("file:///") or path == "/":
+            raise ValueError("no file:// or no path")
+        return path
+
+    def format(self, value: str) -> str:
+        return f"file://{value}"
+
+    def to_json(self, value: str) -> str:
+        return self.format(value)
+
+    def schema(self) -> "dict[str, Any]":
+        return {"type": "string", "pattern": r"^file:///[^\x00]+$"}
+
+
 class Interface(Kind):
     """The name of a network interface."""
 

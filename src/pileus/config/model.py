@@ -10,6 +10,7 @@ from pileus.config.kinds import (
     Address,
     Choice,
     Count,
+    FileUrl,
     Interface,
     Mac,
     Many,
@@ -190,6 +191,7 @@ class NetConfig(Struct):
     queue_size: int = field(Count(2, MAX_QUEUE_SIZE), "descriptors of each, a power of two", default=256)
     id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_netN")
     iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+    offload: bool = field(SWITCH, "serve it by a process of its own", default=False)
     offload_csum: bool = field(SWITCH, "leave checksums, and so all offloads, to the host", default=True)
     offload_tso: bool = field(SWITCH, "let large TCP packets through whole", default=True)
     offload_ufo: bool = field(SWITCH, "let large UDP packets through whole", default=True)
@@ -210,6 +212,7 @@ class DiskConfig(Struct):
         Printable(SERIAL_LIMIT), "serial number that the guest sees", default=None, default_help="none"
     )
     id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_diskN")
+    offload: bool = field(SWITCH, "serve it by a process of its own", default=False)
     image_type: str | None = field(
         Choice("raw", "qcow2"),
         "format of the image; a raw one that is not said to be raw keeps its guest from writing the first"
@@ -289,6 +292,45 @@ class VsockConfig(Struct):
     iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
 
 
+class PmemConfig(Struct):
+    """Persistent memory: a file of the host that the guest has in its address space."""
+
+    file: str = field(PATH, "file or block device, or a directory for a file without a name")
+    size: int | None = field(
+        SIZE, "how much of it, a multiple of 2M", default=None, default_help="all of the file"
+    )
+    discard_writes: bool = field(
+        SWITCH, "keep what the guest writes from the file, until the VM ends", default=False
+    )
+    nvdimm: bool = field(
+        SWITCH, "an NVDIMM that ACPI describes, instead of a device of virtio", default=False
+    )
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+    id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_pmemN")
+
+
+class DeviceConfig(Struct):
+    """A PCI device of the host that the guest has to itself (VFIO)."""
+
+    path: str = field(PATH, "the device, bound to vfio-pci: /sys/bus/pci/devices/DDDD:BB:SS.F")
+    iommu: bool = field(SWITCH, "put the device behind the virtual IOMMU", default=False)
+    id: str | None = field(Printable(ID_LIMIT), "name of the device", default=None, default_help="_vfioN")
+
+
+class UserDeviceConfig(Struct):
+    """A PCI device that another process emulates (vfio-user)."""
+
+    socket: str = field(PATH, "Unix socket that its server listens on")
+    id: str | None = field(
+        Printable(ID_LIMIT), "name of the device", default=None, default_help="_vfio_userN"
+    )
+
+
+BehindIommu = (
+    ConsoleConfig | RngConfig | NetConfig | DiskConfig | VsockConfig | PmemConfig | DeviceConfig
+)  # what can be
+
+
 class VmConfig(Struct):
     """A virtual machine."""
 
@@ -324,13 +366,49 @@ class VmConfig(Struct):
         Many(VhostUserBlkConfig), "disks of vhost-user back-ends", factory=lambda _: []
     )
     vsock: VsockConfig | None = field(Nested(VsockConfig), "sockets between guest and host", default=None)
+    pmem: list[PmemConfig] = field(Many(PmemConfig), "persistent memory", factory=lambda _: [])
+
+    devices: list[DeviceConfig] = field(
+        Many(DeviceConfig), "PCI devices of the host to pass through", factory=lambda _: []
+    )
+    user_devices: list[UserDeviceConfig] = field(
+        Many(UserDeviceConfig), "PCI devices that other processes emulate", factory=lambda _: []
+    )
 
     @property
     def has_backends(self) -> bool:
         """Whether another process serves one of the devices, and so needs the guest's memory."""
-        if self.fs or self.vhost_user_net or self.vhost_user_blk:
+        if self.fs or self.vhost_user_net or self.vhost_user_blk or self.user_devices:
             return True
-        return any(disk.vhost_user for disk in self.disks) or any(net.vhost_user for net in self.net)
+        devices: list[DiskConfig | NetConfig] = [*self.disks, *self.net]
+        return any(device.vhost_user or device.offload for device in devices)
+
+    @property
+    def has_offloaded(self) -> bool:
+        """Whether a device is to have a process of its own, which pileus starts."""
+        return any(disk.offload for disk in self.disks) or any(net.offload for net in self.net)
+
+    @property
+    def has_iommu(self) -> bool:
+        """Whether a device is to be behind the virtual IOMMU, and so whether there is one."""
+        return any(struct.iommu for _, struct in self.iommu_choices)
+
+    @property
+    def iommu_choices(self) -> "list[tuple[str, BehindIommu]]":
+        """All that can be behind the virtual IOMMU, with their options."""
+        console = [] if self.console.mode == "off" else [("--console", self.console)]
+        vsock = [] if self.vsock is None else [("--vsock", self.vsock)]
+        disks = [("--disk", disk) for disk in self.disks]
+        nets = [("--net", net) for net in self.net]
+        pmem = [("--pmem", pmem) for pmem in self.pmem]
+        devices = [("--device", device) for device in self.devices]
+        return [*console, *disks, *nets, ("--rng", self.rng), *vsock, *pmem, *devices]
+
+
+class CoredumpConfig(Struct):
+    """Where a core of the VM goes."""
+
+    path: str = field(FileUrl(), "a new file", wire="destination_url")
 
 
 class ApiSocketConfig(Struct):
@@ -351,6 +429,13 @@ class ApiSocketConfig(Struct):
         return self.path or f"{folder}/pileus.{os.getpid()}"
 
 
+class EventMonitorConfig(Struct):
+    """Where events are written to, as JSON."""
+
+    path: str | None = field(PATH, "file, emptied first, or FIFO", default=None)
+    fd: int | None = field(FD, "number of an inherited descriptor", default=None)
+
+
 class VmmConfig(Struct):
     """The whole of a pileus process."""
 
@@ -359,6 +444,9 @@ class VmmConfig(Struct):
         Nested(ApiSocketConfig),
         "where the HTTP API listens; without --kernel it always does",
         default=None,
+    )
+    event_monitor: EventMonitorConfig | None = field(
+        Nested(EventMonitorConfig), "what tells of events", default=None
     )
     seccomp: str = field(
         Choice("true", "false", "log", "errno"),

@@ -6,13 +6,15 @@ Every access by a guest-physical address is checked here, against the regions, b
 import os
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport EINTR, errno
-from libc.stdint cimport uint8_t, uint64_t
+from libc.errno cimport EINTR, EINVAL, errno
+from libc.limits cimport LONG_MAX
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from pileus.errors import HostError
+from pileus.memory._sigbus cimport guard, unguard
 
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -59,27 +61,55 @@ def page_size_of(int fd):
 
 cdef class Region:
     """``size`` bytes of ``fd`` from ``offset``, mapped shared; of memory that is this process's alone where
-    ``fd`` is -1. Readable as a writable buffer.
+    ``fd`` is -1. Readable as a writable buffer. ``private``: writes stay in this process and never reach ``fd``.
 
     Owns ``fd`` and closes it, unless making the region raises HostError. ``reserve`` makes the host set the
-    pages aside at once, which is how huge pages fail here rather than by SIGBUS in the guest.
+    pages aside at once, which is how huge pages fail here rather than by SIGBUS in the guest. ``guarded``:
+    ``fd`` is a peer's, who may truncate it (``_sigbus``). ``offset`` and ``size`` may be any.
     """
 
-    def __cinit__(self, int fd, uint64_t size, uint64_t offset=0, bint reserve=False, uint64_t page_size=4096):
-        cdef int flags = (MAP_SHARED if fd >= 0 else MAP_PRIVATE | MAP_ANONYMOUS) | (0 if reserve else MAP_NORESERVE)
-        cdef void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, offset)
-        cdef int error = errno
+    def __cinit__(
+        self,
+        int fd,
+        uint64_t size,
+        uint64_t offset=0,
+        bint reserve=False,
+        uint64_t page_size=4096,
+        bint private=False,
+        bint guarded=False,
+    ):
+        cdef int flags = MAP_PRIVATE if private or fd < 0 else MAP_SHARED
+        flags |= (0 if fd >= 0 else MAP_ANONYMOUS) | (0 if reserve else MAP_NORESERVE)
+        self.private = private or fd < 0
+        cdef uint64_t lead = offset % page_size
+        cdef uint64_t mapped = (lead + size + page_size - 1) // page_size * page_size
+        cdef void *base
+        cdef int error
         self.fd, self.size, self.offset, self.page_size, self.base = fd, size, offset, page_size, NULL
+        if size == 0 or mapped < size or offset - lead > <uint64_t>LONG_MAX:
+            raise HostError("map", f"{size >> 20} MiB of guest memory", OSError(EINVAL, "mmap"))
+        base = mmap(NULL, mapped, PROT_READ | PROT_WRITE, flags, fd, offset - lead)
+        error = errno
         if base == MAP_FAILED:
             raise HostError("map", f"{size >> 20} MiB of guest memory", OSError(error, "mmap"))
-        self.base = <uint8_t *>base
+        self.guarded = guard(base, mapped, page_size) if guarded else -1
+        if guarded and self.guarded < 0:
+            munmap(base, mapped)
+            raise HostError("map", f"{size >> 20} MiB of guest memory", "there are too many mappings")
+        self.lead, self.mapped = lead, mapped
+        self.base = <uint8_t *>base + lead
 
     def __dealloc__(self):
         if self.base == NULL:
             return  # closed, or never mapped and so not the owner of ``fd``
-        munmap(self.base, self.size)
+        self._unmap(self.base)
         if self.fd >= 0:
             close(self.fd)
+
+    cdef void _unmap(self, uint8_t *base) noexcept nogil:
+        if self.guarded >= 0:
+            unguard(self.guarded)
+        munmap(base - self.lead, self.mapped)
 
     @property
     def hva(self):
@@ -131,31 +161,36 @@ cdef class Region:
 
     def close(self):
         """Unmap and close. Raises BufferError while a memoryview of it is alive."""
-        cdef void *base = self.base
+        cdef uint8_t *base = self.base
         self._check_unused()
         if base != NULL:
             self.base = NULL
             with nogil:  # a large region takes seconds
-                munmap(base, self.size)
+                self._unmap(base)
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
 cdef class GuestMemory:
-    """The guest-physical RAM made of ``regions``, (gpa, Region) in ascending order; owns and closes them."""
+    """The guest-physical RAM made of ``regions``, (gpa, Region) in ascending order; owns and closes them.
+
+    Other memory that devices can reach, persistent memory for one, is ``attach``ed later.
+    """
 
     def __cinit__(self, regions):
         cdef Region region
-        cdef size_t index
         if len(regions) > MAX_SPANS:
             raise ValueError(f"a guest has at most {MAX_SPANS} regions of RAM, not {len(regions)}")
-        self.regions = list(regions)
-        for index, (gpa, region) in enumerate(self.regions):
-            self.spans[index].gpa, self.spans[index].size = gpa, region.size
-            self.spans[index].hva, self.spans[index].dirty = region.base, NULL
+        self.regions, self.attached = list(regions), []
+        for gpa, region in self.regions:
+            self._add_span(gpa, region)
             self.size += region.size
-            self.count += 1
+
+    cdef _add_span(self, uint64_t gpa, Region region):
+        cdef Span *span = &self.spans[self.count]
+        span.gpa, span.size, span.hva, span.dirty = gpa, region.size, region.base, NULL
+        self.count += 1
 
     def __dealloc__(self):
         self.stop_tracking()
@@ -169,17 +204,33 @@ cdef class GuestMemory:
     def close(self):
         """Close the regions. Raises BufferError, with nothing closed, while a view of one is alive."""
         cdef Region region
-        for _, region in self.regions:
+        for _, region in self.regions + self.attached:
             region._check_unused()
         self.stop_tracking()
         self.count = 0
-        while self.regions:
-            self.regions[-1][1].close()
-            self.regions.pop()
+        for regions in (self.attached, self.regions):
+            while regions:
+                regions[-1][1].close()
+                regions.pop()
+
+    def attach(self, uint64_t gpa, Region region not None):
+        """Let devices reach ``region`` at ``gpa``, though it is no RAM; before any of them is active.
+
+        Owns it from here on. Raises ValueError where there are too many.
+        """
+        if self.count == MAX_SPANS:
+            raise ValueError(f"a guest has at most {MAX_SPANS} regions of memory")
+        self.attached.append((gpa, region))
+        self._add_span(gpa, region)
+
+    @property
+    def shareable(self):
+        """What another process is to be given, if any: all but what others cannot see anyway."""
+        return self.regions + [each for each in self.attached if not each[1].private]
 
     @property
     def ranges(self):
-        """(gpa, size) of each region, ascending."""
+        """(gpa, size) of each region of RAM, ascending."""
         return [(gpa, region.size) for gpa, region in self.regions]
 
     cdef uint8_t *at(self, uint64_t gpa, uint64_t length) noexcept nogil:
@@ -215,6 +266,24 @@ cdef class GuestMemory:
                 while page <= last:
                     _set_bit(&span.dirty[page >> 6], <uint64_t>1 << (page & 63))
                     page += 1
+        if self.log != NULL and length > 0:
+            page, last = gpa >> PAGE_SHIFT, (gpa + length - 1) >> PAGE_SHIFT
+            while page <= last and page >> 3 < self.log_region.size:
+                _set_log_bit(&self.log[page >> 3], <uint8_t>1 << (page & 7))
+                page += 1
+
+    def log_to(self, Region region):
+        """Note each page that is written also in ``region``, a bit by gpa; None for nowhere.
+
+        It is kept open until then. Only while nobody writes.
+        """
+        self.log_region = region
+        self.log = NULL if region is None else region.base
+        self.tracked = self.log != NULL or self._has_bitmaps()
+
+    def _has_bitmaps(self):
+        cdef size_t index
+        return any([self.spans[index].dirty != NULL for index in range(self.count)])
 
     def start_tracking(self):
         """From now on note the pages that the VMM itself writes; KVM notes what the guest writes."""
@@ -228,7 +297,7 @@ cdef class GuestMemory:
 
     def stop_tracking(self):
         cdef size_t index
-        self.tracked = False
+        self.tracked = self.log != NULL
         for index in range(self.count):
             free(self.spans[index].dirty)
             self.spans[index].dirty = NULL
@@ -246,8 +315,8 @@ cdef class GuestMemory:
         return taken
 
     def view(self, uint64_t gpa, uint64_t size):
-        """A writable view of RAM; the caller marks what it writes. Raises ValueError outside one region."""
-        for base, region in self.regions:
+        """A writable view; the caller marks what it writes. Raises ValueError outside one region."""
+        for base, region in self.regions + self.attached:
             if base <= gpa < base + region.size and size <= base + region.size - gpa:
                 return memoryview(region)[gpa - base : gpa - base + size]
         raise ValueError(f"{size:#x} bytes at {gpa:#x} are not guest memory")
@@ -288,8 +357,8 @@ cdef class GuestMemory:
     def discard(self, uint64_t gpa, uint64_t length):
         """Give the whole pages of the host in that range back to it: they read as zeroes from now on.
 
-        Returns how many bytes that were, 0 where the range holds no whole page (huge ones are large). Raises
-        ValueError as ``view`` does, HostError where the host refuses.
+        Returns how many bytes that were, 0 where the range holds no whole page (huge ones are large) or is no
+        RAM. Raises ValueError as ``view`` does, HostError where the host refuses.
         """
         cdef size_t index
         cdef Region region
@@ -302,6 +371,8 @@ cdef class GuestMemory:
         index = 0
         while gpa - self.spans[index].gpa >= self.spans[index].size:
             index += 1
+        if index >= len(self.regions):
+            return 0  # what is attached is not ours to give away
         region = self.regions[index][1]
         start = (gpa - self.spans[index].gpa + region.page_size - 1) // region.page_size * region.page_size
         end = (gpa - self.spans[index].gpa + length) // region.page_size * region.page_size
@@ -340,12 +411,29 @@ cdef class GuestMemory:
                 done += got
 
 
+cdef class Translation:
+    """An address space between a device and guest memory. This one is empty; see ``_iommu``."""
+
+    cdef void enter(self) noexcept nogil:
+        pass
+
+    cdef void leave(self) noexcept nogil:
+        pass
+
+    cdef int find(self, uint64_t iova, Window *window) noexcept nogil:
+        return NO_DOMAIN
+
+    cdef void report(self, int reason, uint32_t access, uint64_t iova) noexcept nogil:
+        pass
+
+
 cdef extern from *:
     """
     #define pileus_set_bit(word, bit) ((void)__atomic_fetch_or((word), (bit), __ATOMIC_RELAXED))
     #define pileus_exchange(word, value) __atomic_exchange_n((word), (value), __ATOMIC_ACQ_REL)
     """
     void _set_bit "pileus_set_bit"(uint64_t *word, uint64_t bit) nogil
+    void _set_log_bit "pileus_set_bit"(uint8_t *word, uint8_t bit) nogil
     uint64_t _exchange "pileus_exchange"(uint64_t *word, uint64_t value) nogil
 
 

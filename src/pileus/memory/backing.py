@@ -64,6 +64,8 @@ def _map(config: "MemoryConfig", fd: int, size: int, offset: int) -> Region:
             "--memory size", wanted, f"a multiple of {format_size(page_size)}, a page, is needed"
         )
     _grow(fd, offset + size, config.file or "a memfd for guest memory")
+    if config.file is None:
+        _seal(fd)
     huge = page_size > PAGE_SIZE
     try:
         return Region(fd, size, offset, reserve=huge, page_size=page_size)
@@ -82,8 +84,18 @@ def _grow(fd: int, size: int, what: str) -> None:
         raise HostError(f"grow to {size // MIB} MiB", what, error) from error
 
 
+def _seal(fd: int) -> None:
+    """No process that shares the memory can take a part of it away, which would end whoever touches it."""
+    import fcntl  # here, since a start without shared memory does not need it
+
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    except OSError:
+        pass  # a kernel that seals no huge pages
+
+
 def _memfd(config: "MemoryConfig") -> int:
-    flags = os.MFD_CLOEXEC
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     if config.hugepages:
         flags |= os.MFD_HUGETLB
         if config.hugepage_size:

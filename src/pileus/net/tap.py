@@ -54,7 +54,7 @@ class Tap:
         self.macvtap = macvtap
         self.filtered = False
         self.has_uso = False  # large UDP packets: Linux 6.2
-        self._attached = [True] * len(self.fds)
+        self._attached: list[bool | None] = [True] * len(self.fds)  # None: who had them before may tell
 
     def prepare(self) -> None:
         """Set the descriptors up as the engines need them. Raises HostError."""
@@ -89,8 +89,12 @@ class Tap:
             return
         flags = IFF_ATTACH_QUEUE if attached else IFF_DETACH_QUEUE
         request = struct.pack("=16sH", b"", flags).ljust(IFREQ, b"\0")
-        doing = f"{'attach' if attached else 'detach'} queue {index} of"
-        self._call(self.fds[index], doing, TUNSETQUEUE, request)
+        try:
+            fcntl.ioctl(self.fds[index], TUNSETQUEUE, request)
+        except OSError as error:
+            if error.errno != errno.EINVAL or self._attached[index] is not None:  # it is so already
+                doing = f"{'attach' if attached else 'detach'} queue {index} of"
+                raise HostError(doing, f"TAP {self.name}", reason(error)) from error
         self._attached[index] = attached
 
     def set_filter(self, addresses: "Sequence[bytes] | None", *, all_multicast: bool = False) -> bool:
@@ -157,7 +161,9 @@ def adopt(fds: "Sequence[int]") -> Tap:
             raise HostError("use", what, f"{name} must be a TAP opened with IFF_NO_PI and IFF_VNET_HDR")
         if len(fds) > 1 and not flags & IFF_MULTI_QUEUE and not macvtap:
             raise HostError("use", what, f"{name} must be opened with IFF_MULTI_QUEUE for several fds")
-    return _prepared(Tap(names[0][0], [os.dup(fd) for fd in fds], macvtap=names[0][1]))
+    tap = _prepared(Tap(names[0][0], [os.dup(fd) for fd in fds], macvtap=names[0][1]))
+    tap._attached = [None] * len(fds)  # a process that died may have left some at rest
+    return tap
 
 
 def _prepared(tap: Tap) -> Tap:

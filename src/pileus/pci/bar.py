@@ -5,7 +5,7 @@ below, so that a driver that writes all ones reads the size; no state is needed 
 """
 
 from pileus.bus import Bus
-from pileus.pci.config_space import BAR_COUNT, BARS, COMMAND, MEMORY_ENABLE
+from pileus.pci.config_space import BAR_COUNT, BARS, COMMAND, MEMORY_ENABLE, ROM
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MIN_SIZE = 0x10
 TYPE_64BIT, PREFETCHABLE = 2 << 1, 1 << 3
 FLAGS = 0xF
+
+
+MIN_ROM_SIZE, ROM_ENABLE = 0x800, 1
 
 
 class Bar:
@@ -75,3 +78,28 @@ class Bar:
     def store(self, offset: int, size: int, value: int) -> None:
         """What a driver's write would do."""
         self._local.store(offset, size, value)
+
+
+class RomBar(Bar):
+    """The expansion ROM: a register of its own, with a bit that enables it besides the command register's.
+
+    Source: PCI Local Bus 3.0, 6.2.5.2 (Expansion ROM Base Address Register).
+    """
+
+    def __init__(self, size: int, sections: "Sequence[Section]") -> None:
+        if size < MIN_ROM_SIZE:
+            raise ValueError(f"an expansion ROM of {size:#x} bytes")
+        super().__init__(0, size, sections, wide=False)
+        self.index = BAR_COUNT
+        self._offset = ROM
+        self._flags = 0
+
+    def define(self, config: "ConfigSpace") -> None:
+        super().define(config)
+        config.allow(ROM, 4, (1 << 32) - self.size | ROM_ENABLE)
+
+    def wanted(self, config: "ConfigSpace") -> int | None:
+        if not config.get(ROM, 4) & ROM_ENABLE:
+            return None
+        gpa = super().wanted(config)
+        return None if gpa is None else gpa & ~(MIN_ROM_SIZE - 1)

@@ -6,7 +6,7 @@ from pileus import log
 from pileus.errors import ConfigError
 from pileus.pci._config import ConfigTable
 from pileus.pci.allocator import allocate
-from pileus.pci.config_space import BAR_COUNT, BARS, COMMAND
+from pileus.pci.config_space import BAR_COUNT, BARS, COMMAND, ROM
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class PciBus:
                 bar.assign(function.config, allocate(self._windows if bar.wide else self._below_4g, bar.size))
             function.config.after_write(COMMAND, 2, lambda _offset, _size: self.decode(function))
             function.config.after_write(BARS, BARS_END - BARS, lambda _offset, _size: self.decode(function))
+            function.config.after_write(ROM, 4, lambda _offset, _size: self.decode(function))
             self.functions[slot << 3] = function
             self.table.add(slot << 3, function.config.data, function.config.slow)
             self.decode(function)

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pileus.memory import GuestMemory
-from pileus.testing.memory import MIB, Heap, make_memory
+from pileus.memory._iommu import Endpoint
+from pileus.testing.memory import MIB, Heap, Scrambled, make_memory
 from pileus.testing.ring import Ring, Used
 from pileus.virtio import status
 from pileus.virtio.control import WORD, Control
@@ -28,6 +29,9 @@ class FakeDriver:
     ``event_idx`` is false. ``queue_sizes`` makes rings smaller than the device's limit; queues that are 0
     there stay disabled. RAM is at ``ranges``, of which rings and buffers take the first; or in ``memory``,
     which stays the caller's. ``close`` closes the device too.
+
+    A device whose ``iommu`` is an Endpoint gets IOVAs: the first region's pages, mapped in another order
+    (``scrambled``).
 
     Queues whose kicks the device serves in Python are served by ``kick`` before it returns; for those of an
     engine, ``wait`` until they have been.
@@ -54,6 +58,8 @@ class FakeDriver:
             ranges or [(0, self.RAM_SIZE), (self.HIGH_RAM, self.HIGH_RAM_SIZE)], shared
         )
         self._owns_memory = memory is None
+        self.scrambled = Scrambled(self.memory) if isinstance(device.iommu, Endpoint) else None
+        self._map(device)
         self.queue_sizes = list(queue_sizes or device.queue_sizes)
         self.rings: list[Ring] = []
         self.features = 0  # negotiated
@@ -85,6 +91,10 @@ class FakeDriver:
             self._call_fds = []
             if self._owns_memory:
                 self.memory.close()
+
+    def _map(self, device: VirtioDevice) -> None:
+        if self.scrambled is not None and isinstance(device.iommu, Endpoint):
+            self.scrambled.map(device.iommu)
 
     def _config_changed(self) -> None:
         self.config_interrupts += 1
@@ -124,6 +134,7 @@ class FakeDriver:
         if old is not device:
             self.control.reset()
             old.close()
+            self._map(device)
         self.control = Control(device, self.memory)
         self.control.interrupt = self._config_changed
         for queue, fd in zip(device.queues, self._call_fds, strict=True):
@@ -151,7 +162,7 @@ class FakeDriver:
 
     def set_up_queues(self) -> None:
         """Rings in memory, told to the device queue by queue."""
-        heap = Heap(self.memory, *self._heap_range())
+        heap = Heap(self.scrambled or self.memory, *self._heap_range())
         self.rings = []
         for index, size in enumerate(self.queue_sizes):
             ring = Ring(heap, size or 1, bool(self.features & F_EVENT_IDX))

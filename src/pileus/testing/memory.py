@@ -2,11 +2,17 @@
 
 import mmap
 import os
+import random
 from collections.abc import Iterable
 
+from typing_extensions import Buffer
+
 from pileus.memory import GuestMemory, Region
+from pileus.memory._iommu import Endpoint
 
 MIB = 1 << 20
+PAGE = 4096
+READ, WRITE = 1, 2
 PROT_NONE = 0
 GUARD = 16 * 4096
 CANARY = b"\xc5" * 16  # behind each block: a device that writes past a buffer changes it
@@ -67,10 +73,58 @@ def _is_guard(hva: int) -> bool:
     return False
 
 
+class Scrambled:
+    """RAM as a device behind a virtual IOMMU sees it: ``memory``'s first region, its pages in another order.
+
+    IOVAs are those of the region. ``map`` tells an address space of it, which has no mappings there yet.
+    """
+
+    def __init__(self, memory: GuestMemory, seed: int = 1) -> None:
+        self.memory = memory
+        base, size = memory.ranges[0]
+        order = list(range(base // PAGE, (base + size) // PAGE))
+        random.Random(seed).shuffle(order)
+        self.ranges = [(base, size)]
+        self.pages = {base // PAGE + index: page for index, page in enumerate(order)}  # of IOVAs -> of GPAs
+
+    def map(self, endpoint: Endpoint, domain: int = 1) -> None:
+        """Put ``endpoint`` in ``domain``, and map what is not mapped there."""
+        iommu = endpoint.iommu
+        iommu.attach(endpoint, domain)
+        for page, target in self.pages.items():
+            iommu.map(iommu.domains[domain], page * PAGE, page * PAGE + PAGE - 1, target * PAGE, READ | WRITE)
+
+    def unmap(self, endpoint: Endpoint, iova: int, size: int = PAGE) -> None:
+        assert endpoint.domain is not None
+        first = iova // PAGE * PAGE
+        last = -(-(iova + size) // PAGE) * PAGE - 1
+        assert endpoint.iommu.unmap(endpoint.domain, first, last) >= 0
+
+    def gpa(self, iova: int) -> int:
+        return self.pages[iova // PAGE] * PAGE + iova % PAGE
+
+    def read(self, iova: int, size: int) -> bytes:
+        parts = []
+        while size:
+            here = min(size, PAGE - iova % PAGE)
+            parts.append(self.memory.read(self.gpa(iova), here))
+            iova += here
+            size -= here
+        return b"".join(parts)
+
+    def write(self, iova: int, data: Buffer) -> None:
+        left = memoryview(data)
+        while left:
+            here = min(len(left), PAGE - iova % PAGE)
+            self.memory.write(self.gpa(iova), left[:here])
+            iova += here
+            left = left[here:]
+
+
 class Heap:
     """Hands out blocks of one range of RAM; ``free``d ones are taken again by blocks of the same size."""
 
-    def __init__(self, memory: GuestMemory, gpa: int, size: int) -> None:
+    def __init__(self, memory: GuestMemory | Scrambled, gpa: int, size: int) -> None:
         self.memory = memory
         self._next = gpa
         self._end = gpa + size

@@ -8,7 +8,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from pileus.memory import GuestMemory
-from pileus.testing.memory import Heap
+from pileus.testing.memory import Heap, Scrambled
 
 F_NEXT, F_WRITE, F_INDIRECT = 1, 2, 4  # a descriptor's flags
 NO_INTERRUPT = 1  # of the available ring
@@ -51,7 +51,7 @@ class Ring:
 
     def __init__(self, heap: Heap, size: int, event_idx: bool) -> None:
         self.heap = heap
-        self.memory: GuestMemory = heap.memory
+        self.memory: GuestMemory | Scrambled = heap.memory
         self.size = size
         self.event_idx = event_idx
         self.descriptors = heap.take(DESCRIPTOR.size * size)

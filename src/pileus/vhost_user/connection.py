@@ -143,6 +143,8 @@ def close_all(fds: list[int]) -> None:
 class Client:
     """Connects to a peer that listens at ``path``."""
 
+    over = False  # others can come
+
     def __init__(self, path: str) -> None:
         self.path = path
 
@@ -160,12 +162,22 @@ class Client:
             raise HostError("connect to", self.path, error) from error
         return sock
 
+    def fileno(self) -> int:
+        """Nothing to wait for: it has to be tried."""
+        return -1
+
+    def last_words(self) -> str:
+        """Nothing is known of why a peer failed."""
+        return ""
+
     def close(self) -> None:
         pass
 
 
 class Server:
     """Listens at ``path`` for one peer after the other. A socket left there by nobody alive is replaced."""
+
+    over = False  # others can come
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -180,6 +192,10 @@ class Server:
             self._listener.close()
             raise HostError("listen on", path, error) from error
 
+    def fileno(self) -> int:
+        """Readable when somebody comes."""
+        return self._listener.fileno()
+
     def attempt(self) -> "socket.socket | None":
         """A connection, or None while nobody comes."""
         try:
@@ -190,11 +206,54 @@ class Server:
             raise HostError("accept a connection on", self.path, error) from error
         return sock
 
+    def last_words(self) -> str:
+        return ""
+
     def close(self) -> None:
         """Also remove the socket file, if it is still ours."""
         self._listener.close()
         if _identity(self.path) == self._identity:
             os.unlink(self.path)
+
+
+class Inherited:
+    """The socket ``fd``, which it takes over: one that listens, or a connection, and then the only one.
+
+    Raises HostError for a descriptor that is neither.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.path = f"fd {fd}"
+        self.over = False  # whether it was the one connection that there is to have
+        try:
+            self._socket = socket.socket(fileno=fd)
+            self._listens = bool(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+            if self._socket.family != socket.AF_UNIX or self._socket.type != socket.SOCK_STREAM:
+                raise HostError("use", self.path, "it is no Unix stream socket")
+            self._socket.set_inheritable(False)
+            self._socket.settimeout(0)
+        except OSError as error:
+            raise HostError("use", self.path, error) from error
+
+    def fileno(self) -> int:
+        return self._socket.fileno() if self._listens else -1
+
+    def attempt(self) -> "socket.socket | None":
+        """A connection, or None while nobody comes. Raises HostError once nobody can."""
+        try:
+            if self._listens:
+                return self._socket.accept()[0]
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        except OSError as error:
+            raise HostError("accept a connection on", self.path, error) from error
+        if self.over:
+            raise HostError("wait for another front-end on", self.path, "it is a connection, and over")
+        self.over = True
+        return self._socket.dup()
+
+    def close(self) -> None:
+        self._socket.close()
 
 
 def _remove_stale(path: str) -> None:

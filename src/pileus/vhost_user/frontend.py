@@ -10,7 +10,7 @@ import socket
 
 from pileus.errors import LocalProtocolError, RemoteProtocolError
 from pileus.vhost_user import protocol
-from pileus.vhost_user.connection import Connection, close_all
+from pileus.vhost_user.connection import TIMEOUT, Connection, close_all
 from pileus.vhost_user.protocol import Feature, Message, Request
 
 TYPE_CHECKING = False
@@ -97,9 +97,12 @@ class Frontend:
     def has(self, feature: Feature) -> bool:
         return feature in self.protocol_features
 
-    def negotiate(self, wanted: int = UNDERSTOOD) -> None:
-        """Learn what the back-end can, and agree on protocol features: unknown ones count as absent."""
-        self._channel.allow()
+    def negotiate(self, wanted: int = UNDERSTOOD, patience: float = TIMEOUT) -> None:
+        """Learn what the back-end can, and agree on protocol features: unknown ones count as absent.
+
+        It gets ``patience`` seconds for that.
+        """
+        self._channel.allow(patience)
         self._tell(Request.SET_OWNER)
         self.features = self._number(Request.GET_FEATURES)
         if self.features & protocol.PROTOCOL_FEATURES:
@@ -232,8 +235,8 @@ class Frontend:
         """Hand over all regions, once in a conversation."""
         if self._memory is memory:
             return
-        table = [(gpa, region.size, region.hva, region.offset) for gpa, region in memory.regions]
-        fds = [region.fd for _, region in memory.regions]
+        table = [(gpa, region.size, region.hva, region.offset) for gpa, region in memory.shareable]
+        fds = [region.fd for _, region in memory.shareable]
         if any(fd < 0 for fd in fds):
             raise LocalProtocolError(f"{self.peer} cannot be given guest memory that has no descriptor")
         if self.has(Feature.CONFIGURE_MEM_SLOTS):
@@ -277,7 +280,7 @@ class Frontend:
     def _hva(self, gpa: int) -> int:
         """Where ``gpa`` is mapped here: the back-end finds its own place by the regions' hva."""
         assert self._memory is not None
-        for base, region in self._memory.regions:
+        for base, region in self._memory.shareable:
             if base <= gpa < base + region.size:
                 return int(gpa - base + region.hva)
         raise LocalProtocolError(f"a ring at {gpa:#x} is outside of guest memory")

@@ -9,7 +9,6 @@ import os
 
 from pileus.errors import PileusError
 from pileus.virtio import status
-from pileus.virtio.device import VERSION_1
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,11 +30,11 @@ class Control:
     """
 
     def __init__(self, device: "VirtioDevice", memory: "GuestMemory") -> None:
-        self.device = device
+        self.device: VirtioDevice = device
         self.memory = memory
         self.device_features_select = 0
         self.driver_features_select = 0
-        self.queue_select = 0
+        self.queue_select: int = 0
         self.interrupt: Callable[[], None] = lambda: None
         self.forget: Callable[[], None] = lambda: None
         self._accepted = 0
@@ -77,7 +76,10 @@ class Control:
         """The driver writes the status; 0 resets, and has when this returns."""
         with self.device.lock:
             if written == 0:
+                was_active = self.device.memory is not None
                 self.reset()
+                if was_active:
+                    self.device.noticed("reset")
                 return
             after = status.step(self._status, written)
             if after & ~self._status & status.FEATURES_OK and not self._features_acceptable():
@@ -105,14 +107,14 @@ class Control:
             self.forget()
 
     def _features_acceptable(self) -> bool:
-        return not self._accepted & ~self.device.offered and bool(self._accepted & VERSION_1)
+        return not (self._accepted & ~self.device.offered or self.device.required & ~self._accepted)
 
     def _activate(self) -> None:
         device = self.device
         try:
             for queue in device.queues:
                 if queue.enabled:
-                    queue.activate(self.memory, self._accepted)
+                    queue.activate(self.memory, self._accepted, device.iommu)
             device.memory = self.memory
             device.activate()
         except PileusError as error:
@@ -122,6 +124,7 @@ class Control:
             if queue.active:
                 # A driver may have filled it, and even kicked, before it said DRIVER_OK.
                 os.eventfd_write(queue.kick_fd, 1)
+        device.noticed("activated")
 
     def _changed(self) -> None:
         if self._status & status.DRIVER_OK:

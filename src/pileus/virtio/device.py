@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from pileus.memory import GuestMemory
+    from pileus.memory import GuestMemory, Translation
 
     State = Mapping[str, Any]
 
@@ -34,22 +34,25 @@ class VirtioDevice:
     id = 0
     features = 0  # offered beside those of ring and transport
     queue_sizes: tuple[int, ...] = ()  # the most descriptors of each queue, a power of two
+    in_order = False  # chains are given back in the order of their offer, always
     kicked_in_python: "tuple[int, ...] | None" = None  # queues that handle_queue serves; None: all
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.lock = _thread.RLock()
-        self.queues = [Queue(size) for size in self.queue_sizes]
+        self.queues: list[Queue] = [Queue(size) for size in self.queue_sizes]
         self.config = b""  # device-specific configuration, as the driver reads it
-        self.config_generation = 0
+        self.config_generation: int = 0
         self.driver_features = 0  # what was negotiated, once the driver said FEATURES_OK
         self.memory: GuestMemory | None = None  # while active
-        self.behind_iommu = False
+        self.behind_iommu = False  # whether it is to be
+        self.iommu: Translation | None = None  # what its addresses go through; set before a driver comes
         self.paused = False  # the VM is; what the driver kicks, if anything, waits
         self._waiting: set[int] = set()  # queues that were kicked meanwhile
         self.failed = False  # the driver broke a rule, and nothing is served until its reset
         self.changed: Callable[[], None] = _nothing  # the transport's: interrupts for a new configuration
         self.broke: Callable[[], None] = _nothing  # the transport's: sets NEEDS_RESET
+        self.noticed: Callable[[str], None] = _nothing_of  # the VMM's: hears of its life, in a word
 
     # -- what a device overrides ------------------------------------------------------------------
 
@@ -105,7 +108,17 @@ class VirtioDevice:
     @property
     def offered(self) -> int:
         """All feature bits the driver may choose from."""
-        return self.features | RING_FEATURES | VERSION_1 | (ACCESS_PLATFORM if self.behind_iommu else 0)
+        return self.features | RING_FEATURES | self.required
+
+    @property
+    def required(self) -> int:
+        """Those that it must choose: behind an IOMMU a driver must know that there is one."""
+        return VERSION_1 | (0 if self.iommu is None else ACCESS_PLATFORM)
+
+    @property
+    def queue_groups(self) -> int:
+        """How many queues there are, in the unit in which this kind of device is given more of them."""
+        return len(self.queues)
 
     @property
     def python_queues(self) -> "tuple[int, ...]":
@@ -149,4 +162,8 @@ class VirtioDevice:
 
 
 def _nothing() -> None:
+    pass
+
+
+def _nothing_of(_: str) -> None:
     pass

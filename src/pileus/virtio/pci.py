@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 
 VENDOR, FIRST_DEVICE, REVISION = 0x1AF4, 0x1040, 1
-CLASSES = {ids.NET: 0x020000, ids.BLOCK: 0x018000}  # Ethernet; mass storage of another kind
+# Ethernet; mass storage of another kind; IOMMU
+CLASSES = {ids.NET: 0x020000, ids.BLOCK: 0x018000, ids.IOMMU: 0x080600}
 OTHER_CLASS = 0xFFFF00
 BELOW_4G = {ids.BLOCK}  # firmware that knows no 64-bit BARs must find its disk
 

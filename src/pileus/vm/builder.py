@@ -21,6 +21,7 @@ from pileus.devices.rtc import Rtc
 from pileus.devices.serial import Serial
 from pileus.errors import ConfigError
 from pileus.kvm.routing import Routes
+from pileus.kvm.slots import Slots
 from pileus.memory import GuestMemory, backing
 from pileus.vm import devices
 from pileus.vm.vcpu import CRASH, POWER_OFF, RESET, Event, VcpuThread
@@ -28,7 +29,7 @@ from pileus.vm.vm import Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pileus.config.model import CpusConfig, VmConfig
     from pileus.console import Console
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from pileus.virtio.device import VirtioDevice
     from pileus.vm.lines import Lines
     from pileus.vm.mmio_devices import MmioDevices
+    from pileus.vm.offloaded import Offloaded
     from pileus.vm.pci_devices import PciDevices
+    from pileus.vm.persistent import PersistentMemory
     from pileus.vm.vm import Loop
 
     Carrier = MmioDevices | PciDevices
@@ -54,17 +57,23 @@ def build(
     virtio_console: "Console | None" = None,
     *,
     events: bool = False,
+    notice: "Callable[[str, str], None] | None" = None,
+    more: "Sequence[Callable[[], VirtioDevice]]" = (),
 ) -> Vm:
     """A VM ready to start; nothing of it is left if this raises (PileusError).
 
     ``console`` is the far end of the serial port, None for no serial port; likewise ``virtio_console``.
     ``report`` gets what the guest does to the VM as a whole, on a vCPU's thread. ``loop`` serves the devices
     written in Python. With ``events`` the guest has a power button; it costs a pin of the IOAPIC, and so a
-    line of the guest's /proc/interrupts, where release 0.3 had none.
+    line of the guest's /proc/interrupts, where release 0.3 had none. ``notice`` hears of a device, by its
+    name, in a word: activated, reset, backend-lost, backend-back; on any thread. ``more`` make devices beside
+    those of the configuration, in the slots after these.
     """
     cleanup = Cleanup()
     try:
-        return _Builder(config, kvm, console, virtio_console, report, loop, cleanup, events).build()
+        return _Builder(
+            config, kvm, console, virtio_console, report, loop, cleanup, events, notice, more
+        ).build()
     except BaseException:
         cleanup.close()
         raise
@@ -81,6 +90,8 @@ class _Builder:
         loop: "Loop",
         cleanup: Cleanup,
         events: bool,
+        notice: "Callable[[str, str], None] | None",
+        more: "Sequence[Callable[[], VirtioDevice]]",
     ) -> None:
         self.config = config
         self.kvm = kvm
@@ -90,6 +101,8 @@ class _Builder:
         self.loop = loop
         self.cleanup = cleanup
         self.events = events
+        self.notice = notice
+        self.more = more
         self.ged: Ged | None = None
         self.end_of_interrupt: Callable[[int], None] | None = None
         self.ports = Bus("ports")
@@ -97,12 +110,14 @@ class _Builder:
 
     def build(self) -> Vm:
         topology = topology_of(self.config.cpus, self.kvm)
+        self.offloaded = self._begin_offloaded()
         self.vm = self.cleanup.own(self.kvm.create_vm())
         memory = self._add_memory()
         long_apic_ids = topology.apic_id(self.config.cpus.max - 1) > LAST_SHORT_APIC_ID
         self._add_irqchip(long_apic_ids)
         self._add_devices()
         vcpus = self._add_vcpus(topology, long_apic_ids)
+        self.persistent = self._add_persistent_memory(memory)
         carrier = self._add_virtio_devices(memory)
         self._load(memory, vcpus[0], topology, carrier)
         affinity = self.config.cpus.affinity or {}
@@ -115,6 +130,13 @@ class _Builder:
         ]
         return Vm(memory, threads, (self.ports, self.mmio), self.cleanup, self.devices, self.ged)
 
+    def _begin_offloaded(self) -> "Offloaded | None":
+        if not self.config.has_offloaded:
+            return None
+        from pileus.vm.offloaded import Offloaded
+
+        return Offloaded(self.config, self.loop, self.cleanup)
+
     def _add_memory(self) -> GuestMemory:
         ranges = layout.ram_ranges(self.config.memory.size)
         memory = backing.allocate(self.config.memory, ranges, shared=self.config.has_backends)
@@ -122,6 +144,13 @@ class _Builder:
         for slot, (gpa, region) in enumerate(memory.regions):
             self.vm.set_memory(slot, gpa, region.size, region.hva)
         return memory
+
+    def _add_persistent_memory(self, memory: GuestMemory) -> "list[PersistentMemory]":
+        if not self.config.pmem:
+            return []
+        from pileus.vm import persistent
+
+        return persistent.add(self.config, memory, self.vm, self.mmio, self.phys_bits, self.cleanup)
 
     def _add_irqchip(self, long_apic_ids: bool) -> None:
         """All controllers in the kernel, or all but the IOAPIC and its elders.
@@ -186,13 +215,22 @@ class _Builder:
 
     def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
-        made = devices.make(self.config, self.cleanup, self.virtio_console, self.loop)
-        self.devices = list(made)
+        made = devices.make(
+            self.config, self.cleanup, self.virtio_console, self.loop, self.persistent, self.offloaded
+        )
+        self.devices = [*made, *(self.cleanup.own(make()) for make in self.more)]
         carrier = self._carrier(memory)
         for device in self.devices:
+            if (notice := self.notice) is not None:
+                device.noticed = lambda what, name=device.name: notice(name, what)  # type: ignore[misc]
             carrier.add(device)
             for index in device.python_queues:
                 self._serve(device, index)
+        if self.config.devices or self.config.user_devices:
+            from pileus.vm import pass_through
+
+            slots = Slots(self.vm, len(memory.regions) + len(self.persistent))
+            pass_through.add(self.config, carrier, memory, slots, self.loop)
         return carrier
 
     def _carrier(self, memory: GuestMemory) -> "Carrier":
@@ -202,8 +240,16 @@ class _Builder:
             return MmioDevices(self.vm, self.lines, self.mmio, memory, self.cleanup)
         from pileus.vm.pci_devices import PciDevices
 
-        above_4g = layout.pci_mmio_64bit(self.config.memory.size, self.phys_bits)
-        return PciDevices(self.vm, self.routes, self.ports, self.mmio, memory, above_4g, self.cleanup)
+        used_end = max((each.gpa + each.size for each in self.persistent), default=0)
+        above_4g = layout.pci_mmio_64bit(self.config.memory.size, self.phys_bits, used_end)
+        iommu = None
+        if self.config.has_iommu:
+            from pileus.virtio.devices.iommu import IommuDevice
+
+            iommu = next(device for device in self.devices if isinstance(device, IommuDevice))
+        return PciDevices(
+            self.vm, self.routes, self.lines, self.ports, self.mmio, memory, above_4g, self.cleanup, iommu
+        )
 
     def _serve(self, device: "VirtioDevice", index: int) -> None:
         """Kicks of a queue that Python handles go to the control loop."""
@@ -257,8 +303,14 @@ class _Builder:
             serial=serial,
             events=self.events,
             devices=carrier.aml,
+            tables=carrier.tables,
             mmconfig=carrier.mmconfig,
         )
+        if nvdimms := [each.nvdimm for each in self.persistent if each.nvdimm is not None]:
+            from pileus.arch.x86_64.acpi import nfit
+
+            machine.devices = [*machine.devices, nfit.root_device(nvdimms)]
+            machine.tables = [*machine.tables, nfit.table(nvdimms)]
         for gpa, table in tables.build(machine) + mptable.build(apic_ids[:boot]) + reset_vector.build():
             memory.write(gpa, table)
         pvh = entry.protocol == PVH

@@ -44,6 +44,7 @@ class MmioDevices:
         self._count = 0
         self.aml: list[bytes] = []
         self.cmdline: list[str] = []
+        self.tables: list[bytes] = []
         self.mmconfig: tuple[int, int] | None = None
 
     def add(self, device: "VirtioDevice") -> None:

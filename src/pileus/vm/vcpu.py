@@ -2,9 +2,10 @@
 
 import _thread
 import os
+from errno import EFAULT
 
 from pileus import log
-from pileus.errors import ConfigError, PileusError
+from pileus.errors import ConfigError, KvmError, PileusError
 from pileus.kvm._vcpu import (
     DEVICE_FAILED,
     EVENT_CRASH,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 RESET_RIP = "0xfff0"  # KVM on AMD resets a vCPU that shut down, so that this tells nothing
 STACK_SIZE = 256 << 10  # bytes: the deepest path is a Python device
+
+GONE = "; memory it touched is gone: is a file of --pmem or --memory cut short, or its file system full?"
 
 # What a guest did, as the control loop hears of it.
 POWER_OFF, RESET, FAULT, CRASH, FAILURE = "power off", "reset", "triple fault", "crash", "failure"
@@ -158,7 +161,8 @@ class VcpuThread:
                 if self._parking:
                     self._park()
         except PileusError as error:
-            self._report(Event(FAILURE, str(error)))
+            gone = isinstance(error, KvmError) and error.errno == EFAULT
+            self._report(Event(FAILURE, f"{error}{GONE if gone else ''}"))
         except BaseException as error:
             self._report(Event(FAILURE, f"vCPU {self.index} stopped", error))
         finally:

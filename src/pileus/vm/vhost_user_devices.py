@@ -8,10 +8,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pileus.config.model import DiskConfig, NetConfig, VmConfig
-    from pileus.vhost_user.devices.device import VhostUserDevice
+    from pileus.vhost_user.devices.device import Peer, VhostUserDevice
+    from pileus.vhost_user.offload import Child
+    from pileus.vm.offloaded import Interface
     from pileus.vm.vm import Loop
 
 SERVER_PATIENCE = 30.0  # seconds for a back-end that has to be started once we listen
+CHILD_PATIENCE = 30.0  # seconds for one of ours to answer first: the machine may be busy starting many
 
 
 def make(config: "VmConfig", loop: "Loop") -> "Iterator[VhostUserDevice]":
@@ -54,38 +57,53 @@ def make(config: "VmConfig", loop: "Loop") -> "Iterator[VhostUserDevice]":
         )
 
 
-def open_disk(config: "DiskConfig", index: int, loop: "Loop") -> "VhostUserDevice":
-    """The disk of ``--disk vhost_user=on``."""
+def open_disk(
+    config: "DiskConfig", index: int, loop: "Loop", child: "Child | None" = None
+) -> "VhostUserDevice":
+    """The disk of ``--disk vhost_user=on``, or of ``offload=on``, which ``child`` serves."""
     from pileus.vhost_user.devices.blk import VhostUserBlk
+    from pileus.vhost_user.devices.device import PATIENCE
 
     return VhostUserBlk(
         config.id or f"_disk{index}",
         "--disk",
-        Client(config.socket or ""),
+        child or Client(config.socket or ""),
         loop,
         num_queues=config.num_queues,
         queue_size=config.queue_size,
+        patience=CHILD_PATIENCE if child is not None else PATIENCE,
     )
 
 
-def open_net(config: "NetConfig", index: int, loop: "Loop") -> "VhostUserDevice":
-    """The interface of ``--net vhost_user=on``."""
+def open_net(
+    config: "NetConfig", index: int, loop: "Loop", offloaded: "Interface | None" = None
+) -> "VhostUserDevice":
+    """The interface of ``--net vhost_user=on``, or of ``offload=on``, which is ``offloaded``."""
     from pileus.vhost_user.devices.device import PATIENCE
     from pileus.vhost_user.devices.net import CHECKSUMS, SEGMENTS, UDP, VhostUserNet
 
     withheld = 0 if config.offload_csum else CHECKSUMS | SEGMENTS | UDP
     withheld |= (0 if config.offload_tso else SEGMENTS) | (0 if config.offload_ufo else UDP)
     path = config.socket or ""
+    mac = mtu = None
+    peer: Peer
+    if offloaded is not None:
+        peer, mac, mtu, patience = offloaded.child, offloaded.mac, offloaded.mtu, CHILD_PATIENCE
+    elif config.vhost_mode == "server":
+        peer, patience = Server(path), SERVER_PATIENCE
+    else:
+        peer, patience = Client(path), PATIENCE
     return VhostUserNet(
         config.id or f"_net{index}",
         "--net",
-        Server(path) if config.vhost_mode == "server" else Client(path),
+        peer,
         loop,
-        mac=_mac(config.mac),
+        mac=mac or _mac(config.mac),
+        mtu=mtu,
         num_queues=config.num_queues,
         queue_size=config.queue_size,
         withheld=withheld,
-        patience=SERVER_PATIENCE if config.vhost_mode == "server" else PATIENCE,
+        patience=patience,
     )
 
 

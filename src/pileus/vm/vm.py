@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pileus.bus import Bus
     from pileus.memory import GuestMemory
     from pileus.virtio.device import VirtioDevice
+    from pileus.vm.coredump import CoreDump
     from pileus.vm.vcpu import VcpuThread
 
     class Timer(Protocol):
@@ -99,6 +100,13 @@ class Vm:
                 thread.vcpu.inject_nmi()
         finally:
             self._unpark()
+
+    def coredump(self, path: str) -> "CoreDump":
+        """A core of the paused VM, to be written to the new file ``path``. Raises ConfigError."""
+        from pileus.vm.core_notes import registers
+        from pileus.vm.coredump import CoreDump
+
+        return CoreDump(path, self.memory, [registers(thread.vcpu) for thread in self.threads])
 
     def _park(self) -> None:
         for thread in self._started:

@@ -6,6 +6,7 @@ without it, ``view`` tells at once, however long the loop is busy.
 
 from pileus import log
 from pileus.errors import PileusError
+from pileus.vmm.operation import Operation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,8 +38,19 @@ class Control:
         return self._vmm.view
 
     def submit(self, call: "Callable[[Vmm], object]", done: "Callable[[Outcome], None]") -> None:
-        """Have ``call(vmm)`` made on the control loop, and then ``done(outcome)``, there, too."""
-        self._vmm.loop.post(lambda: done(_outcome(call, self._vmm)))
+        """Have ``call(vmm)`` made on the control loop, and then ``done(outcome)``, there, too.
+
+        A call that begins a long operation is over when that is; others are made meanwhile.
+        """
+
+        def make() -> None:
+            outcome = _outcome(call, self._vmm)
+            if isinstance(outcome.result, Operation):
+                outcome.result.then(lambda error: done(Outcome(error=error)))
+            else:
+                done(outcome)
+
+        self._vmm.loop.post(make)
 
 
 def _outcome(call: "Callable[[Vmm], object]", vmm: "Vmm") -> Outcome:

@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -105,11 +106,31 @@ class Api:
         return self.server
 
 
+class FakeDump:
+    """A core of 100 bytes, of which 10 are looked at; the rest once ``go`` is set."""
+
+    size = 100
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.error: Exception | None = None
+
+    def write(self, advance: Callable[[int], None]) -> None:
+        advance(10)
+        while not self.go.wait(0.005):
+            advance(0)
+        if self.error is not None:
+            raise self.error
+        advance(90)
+
+
 class FakeVm:
     """Stands for a built VM, which nothing on this host knows of."""
 
     def __init__(self) -> None:
         self.paused = self.started = False
+        self.dumps: dict[str, FakeDump] = {}
+        self.waits = False  # a dump does, to be told to go on
 
     def start(self) -> None:
         self.started = True
@@ -119,6 +140,12 @@ class FakeVm:
 
     def resume(self) -> None:
         self.paused = False
+
+    def coredump(self, path: str) -> FakeDump:
+        dump = self.dumps[path] = FakeDump()
+        if not self.waits:
+            dump.go.set()
+        return dump
 
     def send_nmi(self) -> None:
         pass

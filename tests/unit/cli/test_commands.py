@@ -27,6 +27,10 @@ def test_pileus_has_its_own_version() -> None:
     assert run("pileus", "--version") == f"pileus {__version__}\n"
 
 
+def test_pileus_remote_has_the_same() -> None:
+    assert run("pileus-remote", "--version") == f"pileus-remote {__version__}\n"
+
+
 def test_cloud_hypervisor_has_one_that_its_tools_accept() -> None:
     version = re.fullmatch(r"cloud-hypervisor v(\d+)\.\d+\.\d+\n", run("cloud-hypervisor", "--version"))
     assert version is not None

@@ -57,6 +57,15 @@ def test_a_checked_configuration_reaches_the_vmm(vmm: FakeVmm, capfd: pytest.Cap
     )
 
 
+def test_the_summary_names_each_disk_by_its_image_or_its_socket(
+    vmm: FakeVmm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    disks = ["path=/a", "path=/b\n,readonly=on", "vhost_user=on,socket=/s"]
+    shared = ["--memory", "size=512M,shared=on"]
+    assert main(["--kernel", "/k", *shared, "--disk", *disks, "--vhost-user-blk", "sock=/t"]) == 42
+    assert "\tDisk(s): /a, /b\\n, /s, /t\n" in capfd.readouterr().out
+
+
 def test_without_a_kernel_there_is_no_vm(vmm: FakeVmm, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--memory", "1G", "--api-socket", "fd=7"]) == 42
     assert vmm.configs[0].vm is None

@@ -1,6 +1,7 @@
 """Every rule across fields, with its sentence."""
 
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,12 +13,17 @@ from pileus.config.model import (
     BalloonConfig,
     ConsoleConfig,
     CpusConfig,
+    DeviceConfig,
     DiskConfig,
+    EventMonitorConfig,
     FsConfig,
     MemoryConfig,
     NetConfig,
     PayloadConfig,
+    PmemConfig,
+    RngConfig,
     SerialConfig,
+    UserDeviceConfig,
     VhostUserBlkConfig,
     VhostUserNetConfig,
     VmConfig,
@@ -50,6 +56,12 @@ GOOD = [
     VmConfig(fs=[FsConfig(tag="a", sock="/s", cache_size=GIB)]),
     VmConfig(vhost_user_net=[VhostUserNetConfig(sock="/s")], vhost_user_blk=[VhostUserBlkConfig(sock="/t")]),
     VmConfig(vsock=VsockConfig(cid=3, socket="/" + 95 * "s")),
+    VmConfig(pmem=[PmemConfig(file="/p"), PmemConfig(file="/tmp", size=2 * MIB, nvdimm=True, id="a")]),
+    VmConfig(pmem=[PmemConfig(file="/p", discard_writes=True), PmemConfig(file="/p", discard_writes=True)]),
+    VmConfig(
+        devices=[DeviceConfig(path="/p"), DeviceConfig(path="/q")],
+        user_devices=[UserDeviceConfig(socket="/s", id="a"), UserDeviceConfig(socket="/t")],
+    ),
 ]
 MAC = "2e:00:00:00:00:01"
 BAD = {
@@ -123,6 +135,12 @@ BAD = {
     "--disk vhost_user=on,iommu=on: no back-end can be behind the virtual IOMMU": VmConfig(
         disks=[DiskConfig(vhost_user=True, socket="/s", iommu=True)]
     ),
+    "--disk iommu=on: the virtual IOMMU is a PCI device, and --pci is off": VmConfig(
+        disks=[DiskConfig(path="/d", iommu=True)], pci=False
+    ),
+    "--rng iommu=on: the virtual IOMMU is a PCI device, and --pci is off": VmConfig(
+        rng=RngConfig(iommu=True), pci=False
+    ),
     "--net socket=/s: socket needs vhost_user=on": VmConfig(net=[NetConfig(socket="/s")]),
     "--net vhost_mode=server: vhost_mode needs vhost_user=on": VmConfig(net=[NetConfig(vhost_mode="server")]),
     "--net vhost_user=on,tap=a: the back-end decides, so tap has no place": VmConfig(
@@ -150,10 +168,24 @@ BAD = {
     "--fs cache_size=3M: a power of two, at least 4K": VmConfig(
         fs=[FsConfig(tag="a", sock="/s", cache_size=3 * MIB)]
     ),
-    "--memory mergeable=on: a vhost-user back-end shares the memory,"
+    "--memory mergeable=on: a device of another process shares the memory,"
     " and the host merges only what is not shared": VmConfig(
         memory=MemoryConfig(mergeable=True), fs=[FsConfig(tag="a", sock="/s")]
     ),
+    "--user-device socket=/s: it is a PCI device, and --pci is off": VmConfig(
+        pci=False, user_devices=[UserDeviceConfig(socket="/s")]
+    ),
+    "--user-device socket=/s: another device has this socket already": VmConfig(
+        user_devices=[UserDeviceConfig(socket="/s"), UserDeviceConfig(socket="/s")]
+    ),
+    "--user-device id=a: another device has this id already": VmConfig(
+        devices=[DeviceConfig(path="/p", id="a")], user_devices=[UserDeviceConfig(socket="/s", id="a")]
+    ),
+    "--device path=/p/: it is given twice": VmConfig(
+        devices=[DeviceConfig(path="/p"), DeviceConfig(path="/p/")]
+    ),
+    "--balloon size=0: the host cannot have memory back while --device lets a device of the host"
+    " reach all of it": VmConfig(devices=[DeviceConfig(path="/p")], balloon=BalloonConfig()),
     "--net ip=fd00::1,mask=255.0.0.0: ip and mask are both of IPv4 or both of IPv6": VmConfig(
         net=[NetConfig(ip="fd00::1", mask="255.0.0.0")]
     ),
@@ -177,6 +209,17 @@ BAD = {
     "--vsock id=a: another device has this id already": VmConfig(
         net=[NetConfig(id="a")], vsock=VsockConfig(cid=3, socket="/s", id="a")
     ),
+    "--pmem size=0: size is a multiple of 2M": VmConfig(pmem=[PmemConfig(file="/p", size=0)]),
+    "--pmem size=3M: size is a multiple of 2M": VmConfig(pmem=[PmemConfig(file="/p", size=3 * MIB)]),
+    "--pmem nvdimm=on,iommu=on: an NVDIMM is no device behind an IOMMU": VmConfig(
+        pmem=[PmemConfig(file="/p", nvdimm=True, iommu=True)]
+    ),
+    "--pmem id=a: another device has this id already": VmConfig(
+        pmem=[PmemConfig(file="/p", id="a"), PmemConfig(file="/q", id="a")]
+    ),
+    "--pmem (33 of them): at most 32 are possible": VmConfig(
+        pmem=[PmemConfig(file=f"/p{number}") for number in range(33)]
+    ),
 }
 
 
@@ -196,6 +239,13 @@ def test_the_api_has_one_socket() -> None:
     with pytest.raises(ConfigError, match=r"^--api-socket path=/a,fd=3: one of path and fd is enough$"):
         check(VmmConfig(api_socket=ApiSocketConfig(path="/a", fd=3)))
     check(VmmConfig(api_socket=ApiSocketConfig(fd=0)))
+
+
+@pytest.mark.parametrize("given", [{}, {"path": "/a", "fd": 3}])
+def test_events_go_to_one_place(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"--event-monitor .*one of path and fd is needed"):
+        check(VmmConfig(event_monitor=EventMonitorConfig(**given)))
+    check(VmmConfig(event_monitor=EventMonitorConfig(path="/a")))
 
 
 @given(of_struct(CpusConfig), of_struct(MemoryConfig), of_struct(SerialConfig), of_struct(ConsoleConfig))

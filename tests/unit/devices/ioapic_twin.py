@@ -63,7 +63,7 @@ class IoapicTwin:
 
     def read(self, offset: int, size: int) -> int:
         if size != 4 or offset not in (0x00, 0x10):
-            return 256**size - 1
+            return (1 << 8 * size) - 1
         if offset == 0x00:
             return self.index
         if self.index in (0, 2):
@@ -71,7 +71,8 @@ class IoapicTwin:
         if self.index == 1:
             return 0x00170020
         if 0x10 <= self.index < 0x10 + 2 * PINS:
-            return self.pins[(self.index - 0x10) // 2].words()[self.index % 2]
+            low, high = self.pins[(self.index - 0x10) // 2].words()
+            return high if self.index % 2 else low
         return 0
 
     def write(self, offset: int, size: int, value: int) -> None:

@@ -207,7 +207,7 @@ def test_a_size_of_huge_pages_goes_to_the_memfd_as_its_logarithm(monkeypatch: py
     monkeypatch.setattr(os, "memfd_create", memfd_create)
     with pytest.raises(ConfigError, match="this host has no huge pages of that size"):
         backing.allocate(config(hugepages=True, hugepage_size=1 << 30), RANGES)
-    assert asked == [os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_1GB]
+    assert asked == [os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | os.MFD_HUGETLB | os.MFD_HUGE_1GB]
 
 
 def flags_of(hva: int) -> set[str]:
@@ -236,3 +236,11 @@ def test_mergeable_memory_is_told_to_the_kernel() -> None:
         pytest.skip("this kernel merges no pages")
     with backing.allocate(config(mergeable=True), RANGES) as memory:
         assert all("mg" in flags_of(region.hva) for _, region in memory.regions)
+
+
+def test_who_shares_the_memory_cannot_make_it_shorter() -> None:
+    with backing.allocate(config(shared=True), [(0, 4 * MIB)]) as memory:
+        ((_, region),) = memory.regions
+        with pytest.raises(PermissionError):
+            os.ftruncate(region.fd, 0)
+        assert memory.discard(0, MIB) == MIB

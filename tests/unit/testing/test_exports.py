@@ -11,6 +11,7 @@ def test_the_public_names_are_these() -> None:
         "FakeDriver",
         "Heap",
         "Ring",
+        "Scrambled",
         "Used",
         "make_memory",
     ]

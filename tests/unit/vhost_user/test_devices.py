@@ -216,6 +216,17 @@ def test_pairs_are_remembered_for_the_next_back_end(room: Room) -> None:
     backend.wait_for(lambda: all(vring.enabled for vring in backend.vrings[:4]))
 
 
+def test_who_asked_hears_of_a_back_end_that_goes_and_comes(room: Room) -> None:
+    room.backend()
+    driver = room.drive(VhostUserBlk)
+    heard: list[str] = []
+    driver.device.noticed = heard.append
+    room.backends[0].close()
+    until(lambda: heard == ["backend-lost"])
+    room.backend()
+    until(lambda: heard == ["backend-lost", "backend-back"])
+
+
 def test_without_mq_the_control_queue_comes_third(room: Room) -> None:
     backend = room.backend()
     device = VhostUserNet("net0", "--net", Client(room.path), room.loop, mac=MAC_ADDRESS, num_queues=4)

@@ -12,11 +12,14 @@ from tempfile import TemporaryDirectory
 
 from pileus.config.model import DiskConfig, NetConfig
 from pileus.console import Sink
+from pileus.memory._iommu import Iommu
 from pileus.virtio.device import VirtioDevice
 from pileus.virtio.devices.balloon import Balloon
 from pileus.virtio.devices.blk import open_disk
 from pileus.virtio.devices.console import ConsoleDevice
+from pileus.virtio.devices.iommu import IommuDevice
 from pileus.virtio.devices.net import open_net
+from pileus.virtio.devices.pmem import Pmem
 from pileus.virtio.devices.rng import FileSource, Rng
 from tests.unit.net.namespace import Namespace
 
@@ -83,6 +86,32 @@ def disk(**more: object) -> "Factory":
     return make
 
 
+@contextmanager
+def pmem() -> Iterator[VirtioDevice]:
+    yield Pmem("pmem0", 1 << 33, 2 << 20, lambda: None)
+
+
+def behind_an_iommu(factory: "Factory") -> "Factory":
+    """What it is in for is FakeDriver's to say."""
+
+    @contextmanager
+    def make() -> Iterator[VirtioDevice]:
+        with factory() as device:
+            device.iommu = Iommu(bypass=False).add_endpoint(8, device.name)
+            yield device
+
+    return make
+
+
+@contextmanager
+def iommu() -> Iterator[VirtioDevice]:
+    """With two endpoints."""
+    device = IommuDevice("iommu0")
+    device.core.add_endpoint(8, "disk")
+    device.core.add_endpoint(16, "net")
+    yield device
+
+
 Factory = Callable[[], AbstractContextManager[VirtioDevice]]
 
 FACTORIES: dict[str, Factory] = {
@@ -95,5 +124,11 @@ FACTORIES: dict[str, Factory] = {
     "net": net,
     "disk": disk(),
     "disk of four queues": disk(num_queues=4),
+    "pmem": pmem,
     "read-only disk": disk(readonly=True),
+    "iommu": iommu,
+    "rng behind an iommu": behind_an_iommu(rng),
+    "console behind an iommu": behind_an_iommu(console),
+    "net behind an iommu": behind_an_iommu(net),
+    "disk behind an iommu": behind_an_iommu(disk()),
 }

@@ -256,3 +256,30 @@ def test_a_failure_on_another_thread_is_not_lost_to_a_write_of_the_status() -> N
         driver.device.fail("its engine has ended")
         driver.control.set_status(READY)
         assert driver.status == READY | status.NEEDS_RESET
+
+
+def test_who_asked_hears_of_each_activation_and_reset_by_the_driver() -> None:
+    memory = make_memory([(0, RAM)])
+    device = Probe()
+    heard: list[str] = []
+    device.noticed = heard.append
+    control = Control(device, memory)
+    control.set_status(0)
+    assert heard == []
+    for _ in range(2):
+        control.set_status(status.ACKNOWLEDGE)
+        control.driver_features_select = 1
+        control.driver_features = VERSION_1 >> 32
+        control.set_status(READY & ~status.DRIVER_OK)
+        control.set_status(READY)
+        control.set_status(0)
+    assert heard == ["activated", "reset"] * 2
+    device.refuses = GuestError("no")
+    control.driver_features_select = 1
+    control.driver_features = VERSION_1 >> 32
+    control.set_status(READY & ~status.DRIVER_OK)
+    control.set_status(READY)
+    assert heard == ["activated", "reset"] * 2, "one that cannot is not active"
+    control.reset()
+    device.close()
+    memory.close()

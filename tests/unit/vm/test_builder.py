@@ -1,6 +1,7 @@
 """A VM is built whole, or nothing of it is left."""
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ import pytest
 
 from pileus.config.model import (
     CpusConfig,
+    DeviceConfig,
+    DiskConfig,
     FsConfig,
     NetConfig,
+    UserDeviceConfig,
     VhostUserBlkConfig,
     VmConfig,
     VsockConfig,
@@ -18,7 +22,11 @@ from pileus.config.model import (
 from pileus.console import Console, open_console
 from pileus.errors import ConfigError, HostError, KvmError
 from pileus.kvm import Kvm
+from pileus.vfio_user import client
+from pileus.vfio_user.devices.copy_engine import CopyEngine
+from pileus.vfio_user.server import Server
 from pileus.vhost_user.devices.fs import VhostUserFs
+from pileus.virtio.devices.iommu import IommuDevice
 from pileus.vm.builder import build, is_split, topology_of
 from pileus.vm.vcpu import Event
 from pileus.vmm.loop import Loop, Timer
@@ -174,6 +182,28 @@ def test_a_vm_can_be_closed_twice_and_without_having_run(kvm: Kvm, config: VmCon
     vm.close()
 
 
+def test_devices_behind_the_iommu_are_built_again_and_again(
+    kvm: Kvm, config: VmConfig, tmp_path: Path
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    config.disks = [DiskConfig(path=str(image), iommu=True), DiskConfig(path=str(image))]
+    config.disks[0].readonly = config.disks[1].readonly = True
+
+    def build_and_close() -> None:
+        vm = build(config, kvm, None, ignore, IDLE)
+        iommu = next(device for device in vm.devices if isinstance(device, IommuDevice))
+        assert list(iommu.core.endpoints) == [1 << 3]  # the first disk's slot, the only one that asked
+        vm.close()
+
+    build_and_close()
+    before = tiny.held()
+    for _ in range(10):
+        build_and_close()
+    after = tiny.held()
+    assert (after.files, after.threads) == (before.files, before.threads)
+
+
 def test_a_back_end_is_given_the_guest_s_memory(kvm: Kvm, config: VmConfig, tmp_path: Path) -> None:
     """And so it is shared, without being asked for."""
     before = os.listdir("/proc/self/fd")
@@ -200,6 +230,53 @@ def test_a_back_end_that_is_not_there_is_told_of(
     before = tiny.held()
     config.fs = [FsConfig(tag="shared", sock=str(tmp_path / "nobody"))]
     with pytest.raises(ConfigError, match=r"--fs .*nobody: no back-end is there"):
+        build(config, kvm, None, ignore, IDLE)
+    assert tiny.held() == before
+
+
+def test_devices_of_other_processes_are_on_the_bus(kvm: Kvm, config: VmConfig, tmp_path: Path) -> None:
+    """Twice, as after a reboot; the device is another process's, and outlives both VMs."""
+    before = os.listdir("/proc/self/fd")
+    path = str(tmp_path / "socket")
+    engine, server = CopyEngine(), Server(path)
+
+    def serve() -> None:
+        for _ in range(2):
+            server.serve_one(engine)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    config.user_devices = [UserDeviceConfig(socket=path)]
+    loop = Loop()
+    for _ in range(2):
+        vm = build(config, kvm, None, ignore, loop)
+        assert engine.dma.windows == [(gpa, region.size) for gpa, region in vm.memory.regions]
+        vm.memory.write(0x300000, b"seen by the device")
+        assert engine.dma.read(0x300000, 18) == b"seen by the device"
+        vm.close()
+    thread.join()
+    loop.close()
+    server.close()
+    engine.close()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_device_whose_server_is_not_there_is_told_of(
+    kvm: Kvm, config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.connect, "__defaults__", (0.0,))
+    before = tiny.held()
+    config.user_devices = [UserDeviceConfig(socket=str(tmp_path / "nobody"))]
+    with pytest.raises(ConfigError, match=r"--user-device .*nobody: no server is there"):
+        build(config, kvm, None, ignore, IDLE)
+    assert tiny.held() == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/vfio/vfio"), reason="no VFIO on this host")
+def test_a_device_of_the_host_that_is_none_is_told_of(kvm: Kvm, config: VmConfig, tmp_path: Path) -> None:
+    before = tiny.held()
+    config.devices = [DeviceConfig(path=str(tmp_path))]
+    with pytest.raises(ConfigError, match=r"--device .*: it is no PCI device behind an IOMMU"):
         build(config, kvm, None, ignore, IDLE)
     assert tiny.held() == before
 

@@ -37,11 +37,13 @@ PCI_MMCONFIG = 0xE8000000
 PCI_MMCONFIG_SIZE = 256 * MIB
 VIRTIO_MMIO = 0xFE000000  # a page of registers per device, where there is no PCI
 VIRTIO_MMIO_SIZE = 4 * MIB
+NVDIMM_FLUSH = 0xFE800000  # a page per NVDIMM: a write there makes what was stored durable
 IOAPIC = 0xFEC00000
 LOCAL_APIC = 0xFEE00000
 KVM_IDENTITY_MAP = 0xFFFBC000  # one page, used by KVM on Intel only
 KVM_TSS = 0xFFFBD000  # three pages, likewise
 RAM_64BIT = 4 * GIB  # RAM beyond 3 GiB goes on here; devices live above its end
+PERSISTENT_ALIGNMENT = 128 * MIB  # Linux's memory sections: older kernels hand out whole ones
 PCI_MMIO_64BIT_MAX_BITS = 46  # no address beyond: what every host with that many, or more, can map
 
 # Ports.
@@ -59,6 +61,8 @@ IOAPIC_PINS = 24
 GSI_GED = 3
 GSI_COM1 = 4
 GSI_FIRST_PIN = 5
+GSI_PCI_PIN = 16  # of slot 0, then one a slot, eight in turn
+PCI_PINS = 8
 GSI_FIRST_MSI = 24
 
 
@@ -69,17 +73,42 @@ def ram_ranges(size: int) -> list[tuple[int, int]]:
     return [(0, RAM_32BIT_END), (RAM_64BIT, size - RAM_32BIT_END)]
 
 
-def pci_mmio_64bit(ram_size: int, phys_bits: int) -> tuple[int, int] | None:
-    """The (GPA, bytes) for 64-bit BARs: from above RAM up to the end of what a guest can address.
+def persistent_ranges(ram_size: int, sizes: list[int], phys_bits: int) -> list[tuple[int, int]]:
+    """The (GPA, bytes) of each persistent memory of ``sizes``: one after the other, right above RAM.
+
+    Linux maps memory devices only near RAM: a randomised direct map has room for 10 TiB more. Fewer than
+    ``sizes`` come back where the rest would pass the end of what a guest can address.
+    """
+    ranges: list[tuple[int, int]] = []
+    end = _ram_end(ram_size)
+    for size in sizes:
+        start = -(-end // PERSISTENT_ALIGNMENT) * PERSISTENT_ALIGNMENT
+        end = start + size
+        if end > _device_end(phys_bits):
+            break
+        ranges.append((start, size))
+    return ranges
+
+
+def pci_mmio_64bit(ram_size: int, phys_bits: int, used_end: int = 0) -> tuple[int, int] | None:
+    """The (GPA, bytes) for 64-bit BARs: above RAM and ``used_end``, to the end of what a guest can address.
 
     It starts at a multiple of 64 GiB or, in the small address spaces of some CPUs, at one of 4 GiB. None
     where RAM leaves no room at all.
     """
-    base, size = ram_ranges(ram_size)[-1]
-    ram_end = max(base + size, RAM_64BIT)
-    end = 1 << min(phys_bits, PCI_MMIO_64BIT_MAX_BITS)
+    begin, end = max(_ram_end(ram_size), used_end), _device_end(phys_bits)
     for alignment in (64 * GIB, 4 * GIB):
-        start = -(-ram_end // alignment) * alignment
+        start = -(-begin // alignment) * alignment
         if start < end:
             return start, end - start
     return None
+
+
+def _ram_end(ram_size: int) -> int:
+    """Where devices above 4 GiB may begin."""
+    base, size = ram_ranges(ram_size)[-1]
+    return max(base + size, RAM_64BIT)
+
+
+def _device_end(phys_bits: int) -> int:
+    return 1 << min(phys_bits, PCI_MMIO_64BIT_MAX_BITS)

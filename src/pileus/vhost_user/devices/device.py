@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         path: str
 
         def attempt(self) -> socket.socket | None: ...
+        def last_words(self) -> str: ...
         def close(self) -> None: ...
 
 
@@ -75,6 +76,7 @@ class VhostUserDevice(VirtioDevice):
         self._inflight: Inflight | None = None
         self._timer: Timer | None = None
         self._delay = FIRST_DELAY
+        self._patience = patience  # for the first answers, too
         self._since = 0.0  # when the present back-end was met
         self._closed = False
         self._meeting: Frontend | None = None  # that answers its first questions
@@ -210,11 +212,16 @@ class VhostUserDevice(VirtioDevice):
                 self._delay = min(2 * self._delay, LAST_DELAY)
             frontend = Frontend(sock, self._who)
             try:
-                frontend.negotiate()
+                frontend.negotiate(patience=self._patience)
                 self._judge(frontend)
                 self.config = self.refresh(frontend)
                 self.features = self._offer(frontend)
                 self._embrace(frontend)
+            except HostError as error:
+                frontend.close()
+                if words := self._peer.last_words():
+                    raise HostError("start", self._peer.path, words) from error
+                raise
             except BaseException:
                 frontend.close()
                 raise
@@ -238,7 +245,7 @@ class VhostUserDevice(VirtioDevice):
                 self._option, self._peer.path, f"its back-end lacks protocol feature {lacking!r}"
             )
         most = frontend.max_queues
-        if most is not None and most < self.data_queues:
+        if most is not None and most < self.queue_groups:
             raise ConfigError(
                 self._option, f"num_queues {self.data_queues}", f"its back-end serves at most {most} queues"
             )
@@ -272,6 +279,7 @@ class VhostUserDevice(VirtioDevice):
                 return
             log.limited(log.WARNING, f"{self.name}: {self._who} is gone; waiting for it to come back")
             self._part(frontend)
+            self.noticed("backend-lost")
         if time.monotonic() - self._since > LAST_DELAY:
             self._delay = FIRST_DELAY  # else it comes and goes, and is met ever more slowly
         self._attempt_later()
@@ -304,7 +312,7 @@ class VhostUserDevice(VirtioDevice):
         """On a thread of its own; the loop closes what comes of it."""
         failed = False
         try:
-            frontend.negotiate()
+            frontend.negotiate(patience=self._patience)
             with self.lock:
                 if not self._closed:
                     self._take_up(frontend)
@@ -327,6 +335,7 @@ class VhostUserDevice(VirtioDevice):
             else:
                 log.info(f"{self.name}: {self._who} is back")
                 self._embrace(frontend)
+                self.noticed("backend-back")
         if failed:
             self._attempt_later()
 

@@ -22,12 +22,11 @@ if TYPE_CHECKING:
     from pileus.virtio.device import State
     from pileus.virtio.queue import Chain
 
-MAC, STATUS, CTRL_VQ, MQ = (1 << bit for bit in (5, 16, 17, 22))
+MTU, MAC, STATUS, CTRL_VQ, MQ = (1 << bit for bit in (3, 5, 16, 17, 22))
 CHECKSUMS = sum(1 << bit for bit in (0, 1))
 SEGMENTS = sum(1 << bit for bit in (7, 8, 9, 11, 12, 13))  # of TCP: TSO4, TSO6 and ECN, each way
 UDP = sum(1 << bit for bit in (10, 14, 54, 55, 56))  # UFO and USO, each way
 MRG_RXBUF = 1 << 15
-OURS = MAC | STATUS  # offered whatever the back-end says
 
 LINK_UP = 1
 CONTROL_QUEUE_SIZE = 64
@@ -38,7 +37,7 @@ OK, ERR = 0, 1  # what a control command is answered
 class VhostUserNet(VhostUserDevice):
     """``num_queues`` queues in pairs, of ``queue_size``; a control queue with more than one pair.
 
-    ``withheld`` are feature bits that are not to be offered.
+    ``withheld`` are feature bits that are not to be offered, ``mtu`` what the driver is told of.
     """
 
     id = ids.NET
@@ -51,6 +50,7 @@ class VhostUserNet(VhostUserDevice):
         loop: "Loop",
         *,
         mac: bytes,
+        mtu: int | None = None,
         num_queues: int = 2,
         queue_size: int = 256,
         withheld: int = 0,
@@ -64,16 +64,22 @@ class VhostUserNet(VhostUserDevice):
             self.queue_sizes += (CONTROL_QUEUE_SIZE,)
             self.kicked_in_python = (num_queues,)
         super().__init__(name, option, peer, loop, patience)
-        self.config = struct.pack("<6sHH", mac, LINK_UP, self.pair_count)
+        self.config = struct.pack("<6sHHH", mac, LINK_UP, self.pair_count, mtu or 0)[: 12 if mtu else 10]
+        self._ours = MAC | STATUS | (MTU if mtu else 0)
         self._forwarded = False
 
     @property
     def offered(self) -> int:
-        return super().offered | OURS | (CTRL_VQ | MQ if self.pair_count > 1 else 0)
+        return super().offered | self._ours | (CTRL_VQ | MQ if self.pair_count > 1 else 0)
 
     @property
     def data_queues(self) -> int:
         return 2 * self.pair_count
+
+    @property
+    def queue_groups(self) -> int:
+        """Back-ends of interfaces count pairs where they are asked for queues, as DPDK does; some do not."""
+        return self.pair_count
 
     @property
     def control_index(self) -> int:
@@ -81,7 +87,7 @@ class VhostUserNet(VhostUserDevice):
         return 2 * self.pair_count if self.driver_features & MQ else 2
 
     def backend_features(self) -> int:
-        return self.driver_features & ~(OURS | CTRL_VQ | MQ)
+        return self.driver_features & ~(self._ours | CTRL_VQ | MQ)
 
     def served(self, index: int) -> bool:
         pairs = self.pair_count if self.driver_features & MQ else 1

@@ -146,6 +146,7 @@ cdef class BlkQueue(Engine):
         self.size, self.guarded = image.size, image.guarded
         self.align = image.logical_block if image.direct else 1
         self.io = "threads" if threads else "io_uring"
+        queue.refusal = S_IOERR
         memset(self.serial, 0, SERIAL_SIZE)
         memcpy(self.serial, <const char *>serial, min(len(serial), SERIAL_SIZE))
         self.done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -59,6 +59,7 @@ cdef class Pair(Engine):
     cdef uint32_t held_window       # of them, how many are in the stock
     cdef int64_t held_until         # ns
     cdef Stock *stock
+    cdef uint64_t stocked_at        # behind an IOMMU: the generation that its chains were found at
     cdef uint8_t *spill
     cdef iovec *out                 # of one writev
     cdef Buffers chain
@@ -69,6 +70,7 @@ cdef class Pair(Engine):
     cdef int _loop(self) noexcept nogil
     cdef void _tidy(self) noexcept nogil
     cdef int _receive(self) noexcept nogil
+    cdef void _give_back(self) noexcept nogil
     cdef uint32_t _guess(self) noexcept nogil
     cdef int _refill(self, uint32_t wanted) noexcept nogil
     cdef ssize_t _read(self, uint32_t *window) noexcept nogil

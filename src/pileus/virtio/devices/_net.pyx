@@ -165,9 +165,7 @@ cdef class Pair(Engine):
         if self.held:
             self.rx_dropped += 1
         if self.stock != NULL:
-            while self.stock.end_chain > self.stock.first_chain:
-                self.rx.untake()
-                self.stock.end_chain -= 1
+            self._give_back()
         if self.epoll >= 0:
             close(self.epoll)
         self.epoll = -1
@@ -225,6 +223,15 @@ cdef class Pair(Engine):
 
     # -- receive ----------------------------------------------------------------------------------
 
+    cdef void _give_back(self) noexcept nogil:
+        """Empty the stock."""
+        while self.stock.end_chain > self.stock.first_chain:
+            self.stock.end_chain -= 1
+            self.rx.untake(self.stock.chains[self.stock.end_chain].head)
+        self.stock.first_chain = self.stock.end_chain = self.stock.first_vector = self.stock.end_vector = 0
+        self.stock.length = 0
+        self.rx.flush()
+
     cdef int _receive(self) noexcept nogil:
         """Packets from the TAP to the driver, until one of them has no more, or a batch."""
         cdef int packets = 0, ready = 0
@@ -234,6 +241,12 @@ cdef class Pair(Engine):
         self.rx.disable_kicks()
         while packets < RX_BATCH and self.rx_bytes < enough:
             packets += 1  # each turn costs something, also with a driver that only plays with its index
+            if self.rx.pages != NULL and self.rx.iommu.generation != self.stocked_at:
+                # Something was unmapped since: perhaps what a packet would go to.
+                self.rx_dropped += self.held != 0
+                self.held = 0
+                self._give_back()
+                self.stocked_at = self.rx.iommu.generation
             ready = self._deliver(self.held, self.held_window) if self.held else self._refill(self._guess())
             if ready < 0:
                 break
@@ -282,7 +295,7 @@ cdef class Pair(Engine):
                 _cut(&self.chain)
             count, length = self.chain.count, <uint32_t>self.chain.writable_length
             if stock.end_vector - stock.first_vector + count > MAX_VECTORS:
-                self.rx.untake()
+                self.rx.untake(self.chain.head)
                 return FULL
             if stock.end_vector + count > 2 * MAX_VECTORS or stock.end_chain == 2 * MAX_CHAINS:
                 _compact(stock)
@@ -424,7 +437,7 @@ cdef class Pair(Engine):
                 self.tx_more = False
                 break
             if self._send() == -EAGAIN:
-                self.tx.untake()
+                self.tx.untake(self.chain.head)
                 self.writable = False  # until the TAP says otherwise
                 break
             self.tx.put(self.chain.head, 0)

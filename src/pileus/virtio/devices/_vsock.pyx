@@ -658,7 +658,7 @@ cdef class Muxer(Engine):
             if got == 0:
                 break
             if vectors + chain.count > MAX_BUFFERS:
-                self.rx.untake()
+                self.rx.untake(chain.head)
                 break
             here = budget - room
             if here > MAX_PAYLOAD:
@@ -680,8 +680,8 @@ cdef class Muxer(Engine):
             here -= min(here, self.rooms[used])
             used += 1
         while count > used:
-            self.rx.untake()
             count -= 1
+            self.rx.untake(self.stock[count].head)
         if length <= 0:
             if length < 0 and got == EAGAIN:
                 one.readable = False

@@ -45,7 +45,8 @@ class Blk(VirtioDevice):
     """The disk in ``image``, which it closes in the end; ``serial`` is told to the guest, up to 20 bytes.
 
     Each of ``num_queues`` queues has a thread of its own while the driver is there. ``threads``: without
-    io_uring, which is what happens by itself where the host refuses that.
+    io_uring, which is what happens by itself where the host refuses that. ``wce``: the driver may turn the
+    write cache off.
     """
 
     id = ids.BLOCK
@@ -60,11 +61,12 @@ class Blk(VirtioDevice):
         num_queues: int = 1,
         queue_size: int = 128,
         threads: bool = False,
+        wce: bool = True,
     ) -> None:
         self.queue_sizes = (queue_size,) * num_queues
         super().__init__(name)
         self.image = image
-        self.features = SEG_MAX | BLK_SIZE | FLUSH | TOPOLOGY | CONFIG_WCE | MQ
+        self.features = SEG_MAX | BLK_SIZE | FLUSH | TOPOLOGY | MQ | (CONFIG_WCE if wce else 0)
         if image.readonly:
             self.features |= RO
         else:
@@ -173,16 +175,23 @@ def open_disk(config: "DiskConfig", index: int) -> Blk:
     """The disk that ``config`` describes, the ``index``-th. Raises HostError and ConfigError."""
     assert config.path is not None  # by the rules of the configuration
     image = open_image(config.path, readonly=config.readonly, direct=config.direct, format=config.image_type)
+    return make_disk(
+        image,
+        config.id or f"_disk{index}",
+        serial=config.serial or "",
+        num_queues=config.num_queues,
+        queue_size=config.queue_size,
+    )
+
+
+def make_disk(
+    image: "Image", name: str, *, serial: str, num_queues: int, queue_size: int, wce: bool = True
+) -> Blk:
+    """The disk in ``image``, which it owns. Raises HostError for an empty one, and closes it."""
     try:
         if not image.size:
-            raise HostError("use", config.path, "a disk has at least one sector of 512 bytes")
-        return Blk(
-            config.id or f"_disk{index}",
-            image,
-            serial=config.serial or "",
-            num_queues=config.num_queues,
-            queue_size=config.queue_size,
-        )
+            raise HostError("use", image.path, "a disk has at least one sector of 512 bytes")
+        return Blk(name, image, serial=serial, num_queues=num_queues, queue_size=queue_size, wce=wce)
     except BaseException:
         image.close()
         raise

@@ -71,6 +71,7 @@ class Net(VirtioDevice):
     """
 
     id = ids.NET
+    in_order = True
 
     def __init__(
         self,
@@ -348,20 +349,29 @@ def _addresses(data: bytes) -> "tuple[list[bytes] | None, bytes | None]":
     return [data[start : start + mac_address.SIZE] for start in range(4, end, mac_address.SIZE)], data[end:]
 
 
-def open_net(config: "NetConfig", index: int) -> Net:
+def open_net(config: "NetConfig", index: int, kind: type[Net] = Net) -> Net:
     """The device that ``config`` describes, the VM's ``index``-th. Raises HostError, and nothing is left."""
-    name = config.id or f"_net{index}"
-    tap = taps.adopt(config.fd) if config.fd else taps.open_tap(config.tap, config.num_queues // 2)
+    tap, mac, mtu = open_host_side(config)
     try:
-        mtu = _set_up(tap, config)
-        return Net(
-            name,
+        return kind(
+            config.id or f"_net{index}",
             tap,
-            mac_address.encode(config.mac) if config.mac else _default_mac(tap),
+            mac,
             queue_size=config.queue_size,
             mtu=mtu,
             withheld=_withheld(config),
         )
+    except BaseException:
+        tap.close()
+        raise
+
+
+def open_host_side(config: "NetConfig") -> tuple[Tap, bytes, int | None]:
+    """The TAP of ``config``, set up; the guest's MAC address, and the MTU it is to know. Raises HostError."""
+    tap = taps.adopt(config.fd) if config.fd else taps.open_tap(config.tap, config.num_queues // 2)
+    try:
+        mtu = _set_up(tap, config)
+        return tap, mac_address.encode(config.mac) if config.mac else _default_mac(tap), mtu
     except BaseException:
         tap.close()
         raise

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pileus.config.model import NetConfig
+from pileus.memory._iommu import Endpoint
 from pileus.testing import FakeDriver, Used
 from pileus.virtio.devices.net import Net, open_net
 from tests.unit.net.namespace import packet_socket
@@ -50,11 +51,18 @@ class Card:
     """``net`` under a driver that takes ``features``; a packet socket is the host's side."""
 
     def __init__(
-        self, *, features: int | None = None, event_idx: bool = True, start: bool = True, **config: Any
+        self,
+        *,
+        features: int | None = None,
+        event_idx: bool = True,
+        start: bool = True,
+        iommu_endpoint: Endpoint | None = None,
+        **config: Any,
     ) -> None:
         self.net: Net = open_net(
             NetConfig(**{"mac": GUEST_MAC.hex(":"), "host_mac": HOST_MAC.hex(":"), **config}), 0
         )
+        self.net.iommu = iommu_endpoint
         self.hold(PATIENCE)  # a busy machine shall not make packets drop
         ranges = [(0, 64 << 20), (1 << 32, 1 << 20)]
         self.driver = FakeDriver(self.net, features=features, event_idx=event_idx, ranges=ranges, start=start)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pileus.config.model import NetConfig
 from pileus.errors import HostError
+from pileus.memory._iommu import Endpoint, Iommu
 from pileus.net import tap
 from pileus.net.tap import Tap
 from pileus.testing import F_WRITE, FakeDriver
@@ -118,6 +119,36 @@ def test_a_packet_may_be_cut_anywhere(card: Card, cuts: list[int], indirect: boo
     card.offer(*map(len, parts), indirect=indirect)
     card.host.send(back)
     assert card.receive().frame == back
+
+
+# -- behind an IOMMU ------------------------------------------------------------------------------
+
+
+def test_a_buffer_that_is_unmapped_while_it_waits_gets_no_packet(host: Namespace) -> None:
+    """The interface has taken it already, for the packet to come."""
+    card = Card(iommu_endpoint=Iommu(bypass=False).add_endpoint(8, "net"))
+    try:
+        for _ in range(2):  # it is at home
+            card.offer(2048)
+            card.host.send(frame(b"one"))
+            assert card.receive().frame == frame(b"one")
+        first = card.driver.add(writable=[4096])
+        second = card.driver.add(writable=[2048])
+        card.driver.kick()
+        endpoint, scrambled = card.net.iommu, card.driver.scrambled
+        assert isinstance(endpoint, Endpoint)
+        assert scrambled is not None
+        time.sleep(0.05)  # most often it has them by now, and else the test proves less
+        block = card.driver.rings[0].blocks(first)[0]
+        before = scrambled.read(block.gpa, block.size)
+        scrambled.unmap(endpoint, block.gpa, 1)
+        card.host.send(frame(b"two"))
+        used = dict(card.driver.wait(0, 2))
+        assert used[first] == 0
+        assert card.driver.read(second)[HEADER.size : used[second]] == frame(b"two")
+        assert scrambled.read(block.gpa, block.size) == before
+    finally:
+        card.close()
 
 
 # -- receiving ------------------------------------------------------------------------------------
@@ -626,7 +657,8 @@ def test_the_mtu_is_set_and_told(host: Namespace) -> None:
     ],
 )
 def test_offloads_can_be_withheld(host: Namespace, switch: str, gone: int) -> None:
-    card = Card(**{switch: False})
+    withheld: dict[str, Any] = {switch: False}
+    card = Card(**withheld)
     assert card.driver.offered & gone == 0
     card.close()
 

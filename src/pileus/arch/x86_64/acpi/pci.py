@@ -4,7 +4,7 @@ Source: ACPI 6.3, 6.4 (Resource Data Types); PCI Firmware 3.3, 4.1.2 (MCFG), 4.3
 """
 
 from pileus.arch.x86_64 import layout
-from pileus.arch.x86_64.acpi.aml import device, eisa_id, name
+from pileus.arch.x86_64.acpi.aml import device, eisa_id, name, package
 from pileus.arch.x86_64.acpi.resources import (
     bus_numbers,
     io,
@@ -15,15 +15,25 @@ from pileus.arch.x86_64.acpi.resources import (
     resource_template,
 )
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 LAST_BUS = (
     0  # Linux scans every bus of MCFG below the last, 32 slots each, whether or not a bridge leads there
 )
 
 
-def host_bridge(above_4g: tuple[int, int] | None) -> bytes:
+ALL_FUNCTIONS = 0xFFFF
+PIN_A = 0
+
+
+def host_bridge(above_4g: tuple[int, int] | None, pins: "Sequence[tuple[int, int]]" = ()) -> bytes:
     """``PCI0`` with its windows. ``above_4g`` is the (gpa, size) of the one above RAM, if there is one.
 
-    It has no _PRT, since all interrupts are messages, and no window for VGA, whose place is RAM here.
+    ``pins`` are (slot, GSI) of the devices that have one, which are those that pass through: all other
+    interrupts are messages, and without such a device there is no _PRT. There is no window for VGA, whose
+    place is RAM here.
     """
     ports = layout.PORT_PCI
     low, low_end = layout.PCI_MMIO_32BIT, layout.PCI_MMIO_32BIT + layout.PCI_MMIO_32BIT_SIZE
@@ -37,6 +47,7 @@ def host_bridge(above_4g: tuple[int, int] | None) -> bytes:
     if above_4g is not None:
         gpa, size = above_4g
         windows.append(memory_window64(gpa, gpa + size - 1))
+    routes = [package(slot << 16 | ALL_FUNCTIONS, PIN_A, 0, gsi) for slot, gsi in pins]
     return device(
         "PCI0",
         name("_HID", eisa_id("PNP0A08")),
@@ -45,6 +56,7 @@ def host_bridge(above_4g: tuple[int, int] | None) -> bytes:
         name("_BBN", 0),
         name("_UID", 0),
         name("_CRS", resource_template(*windows)),
+        *([name("_PRT", package(*routes))] if routes else []),
     )
 
 

@@ -1,5 +1,6 @@
 """What the DSDT says of PCI, as iasl reads it; and the window above RAM."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from .test_tables import found
 ABOVE = (64 * GIB, 960 * GIB)
 
 
-def dsdt(iasl: Any, above_4g: tuple[int, int] | None) -> str:
+def dsdt(iasl: Any, above_4g: tuple[int, int] | None, pins: Sequence[tuple[int, int]] = ()) -> str:
     """The disassembly, which compiles to the same again."""
-    table = found(Machine([0], devices=[pci.host_bridge(above_4g), pci.motherboard()]))["DSDT"]
+    table = found(Machine([0], devices=[pci.host_bridge(above_4g, pins), pci.motherboard()]))["DSDT"]
     text, rebuilt = iasl.round_trip(table)
     assert rebuilt == table[36:]
     return " ".join(text.split())
@@ -35,6 +36,12 @@ def test_the_host_bridge_has_its_windows(iasl: Any) -> None:
     for value in ("0x0CF7, // Range Maximum", "0x0D00, // Range Minimum"):
         assert value in text
     assert "_PRT" not in text
+
+
+def test_devices_with_pins_have_routes(iasl: Any) -> None:
+    text = dsdt(iasl, None, [(5, 21), (6, 22)])
+    for slot, gsi in ((5, 21), (6, 22)):
+        assert f"Package (0x04) {{ 0x{slot:04X}FFFF, Zero, Zero, 0x{gsi:X} }}" in text
 
 
 def test_without_room_above_ram_there_is_one_window_less(iasl: Any) -> None:

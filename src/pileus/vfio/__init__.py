@@ -1,0 +1,1 @@
+"""PCI functions whose device is elsewhere: one of the host's (VFIO), or another process's (vfio-user)."""

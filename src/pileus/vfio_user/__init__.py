@@ -1,0 +1,1 @@
+"""vfio-user: PCI devices that another process emulates. Both ends, and a framework for devices."""

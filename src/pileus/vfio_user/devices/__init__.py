@@ -1,0 +1,1 @@
+"""Devices to run in a process of their own."""

@@ -1,0 +1,1 @@
+"""The devices that the commands ``pileus-blk`` and ``pileus-net`` serve, made of their options."""
