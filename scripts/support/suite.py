@@ -39,7 +39,7 @@ BATCH = "PILEUS_TEST_BATCH"  # the name of the only one to run
 # The files of each emulated machine: few enough to end before its buffer of translated code is full, of
 # which guests die (docs/nested.md).
 BATCHES = {
-    "boot": {"test_boot", "test_console"},
+    "boot": {"test_boot", "test_console", "test_irqchip"},
     "memory": {"test_memory", "test_pci", "test_power"},
     "machine": {"test_devices", "test_disks", "test_network"},  # they share two Debian guests
     "reference": {"test_reference"},
