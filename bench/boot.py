@@ -8,7 +8,6 @@ import json
 import os
 import select
 import shutil
-import struct
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,7 @@ from support.bench import Options, Row, compare
 from support.host import CACHE, PILEUS, PYTHON, ROOT, VENV, ScriptError, has_full_kvm
 from support.host import run as run_command
 from support.nested import run_nested
+from support.tiny_kernel import tiny_kernel
 
 GOALS = ("bench",)
 QEMU = "QEMU microvm"
@@ -53,7 +53,7 @@ def _entry_rows(runs: int) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         tiny = Path(scratch, "kernel")
-        tiny.write_bytes(_tiny_kernel())
+        tiny.write_bytes(tiny_kernel(MARK))
         for name, kernel, initrd in (
             ("tiny kernel", tiny, None),
             ("bzImage", GUEST / "vmlinuz", GUEST / "initramfs.cpio"),
@@ -222,22 +222,3 @@ def _read_until(process: subprocess.Popen[bytes], marks: tuple[bytes, ...]) -> N
         if not data:
             raise ScriptError(f"it ended early after:\n{seen[-2000:].decode(errors='replace')}")
         seen += data
-
-
-def _tiny_kernel() -> bytes:
-    """Return an ELF file with a PVH entry that writes MARK to the serial port and halts for good.
-
-    Source: Xen, docs/misc/pvh.pandoc: 32-bit protected mode, paging off; note 18 holds the entry's address.
-    """
-    base = 0x100000
-    code = b"\xb0" + MARK + b"\x66\xba\xf8\x03\xee\xf4\xeb\xfd"  # mov al; mov dx, 0x3f8; out; hlt; jmp hlt
-    headers = 64 + 2 * 56
-    note = struct.pack("<III4sQ", 4, 8, 18, b"Xen\0", base + headers)
-    image = code.ljust(16, b"\xf4") + note
-    ident = b"\x7fELF\x02\x01\x01"
-    elf = struct.pack("<16sHHIQQQIHHHHHH", ident, 2, 62, 1, base + headers, 64, 0, 0, 64, 56, 2, 0, 0, 0)
-    size = headers + len(image)
-    load = struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000)
-    start = headers + 16
-    notes = struct.pack("<IIQQQQQQ", 4, 4, start, base + start, base + start, len(note), len(note), 4)
-    return elf + load + notes + image

@@ -12,6 +12,8 @@ vmlinux             trixie only: the ELF file inside the bzImage
 vmlinux-nopvh       trixie only: the same with its PVH note disabled
 ==================  ==========================================================================
 
+``generic`` is of linux-image-amd64: the cloud kernels cannot do without ACPI. It is that of ``host``.
+
 ``tools.cpio`` beside them is to be appended to an initramfs: e2fsprogs, with its libraries. ``host`` is the
 kernel of the emulated machine that scripts/nested makes, a tree with boot/ and lib/modules. ``system`` is a
 Debian 13 on a disk: see support/system.py.
@@ -27,7 +29,8 @@ from support import apt, debug_port, initramfs, kernel_image
 from support.host import CACHE, ScriptError, digest, only_one, run, say
 
 GUESTS = CACHE / "guests"
-SUITES = ("bullseye", "bookworm", "trixie", "sid")
+GENERIC = "generic"
+SUITES = ("bullseye", "bookworm", "trixie", "sid", GENERIC)
 OTHERS = ("host", "system")
 META_PACKAGE = "linux-image-cloud-amd64"
 ELF_SUITE = "trixie"
@@ -38,7 +41,10 @@ HOST_SUITE, HOST_PACKAGE = "bookworm", "linux-image-amd64"
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/guests", description="fetch stock Debian kernels to boot")
     parser.add_argument(
-        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}, host or system (default: all four)"
+        "suites",
+        nargs="*",
+        metavar="SUITE",
+        help=f"{', '.join(SUITES)}, host or system (default: all but those two)",
     )
     parser.add_argument(
         "--refresh", action="store_true", help="look for newer packages than those in .cache/guests"
@@ -72,7 +78,7 @@ def _fetch_suite(suite: str, refresh: bool) -> bool:
     folder = GUESTS / suite
     if refresh or not (folder / "release").exists():
         try:
-            _fetch_kernel(suite, folder)
+            _take_host_kernel(folder, refresh) if suite == GENERIC else _fetch_kernel(suite, folder)
         except ScriptError as error:
             say(f"guests: {suite} cannot be fetched: {error}")
     if not (folder / "release").exists():
@@ -103,6 +109,21 @@ def _fetch_kernel(suite: str, folder: Path) -> None:
     (scratch / "release").write_text(release)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
+
+
+def _take_host_kernel(folder: Path, refresh: bool) -> None:
+    """Make a guest's kernel of the emulated machine's, without another copy of its modules."""
+    if refresh or not (GUESTS / "host").exists():
+        _fetch_host_kernel(GUESTS / "host")
+    (kernel,) = GUESTS.glob("host/boot/vmlinuz-*")
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(kernel, folder / "vmlinuz")
+    modules = folder / "lib"
+    modules.unlink(missing_ok=True)
+    modules.symlink_to("../host/lib")
+    release = kernel.name.removeprefix("vmlinuz-")
+    (folder / "package").write_text(release)
+    (folder / "release").write_text(release)
 
 
 def _resolve(suite: str, meta: str) -> tuple[apt.Archive, list[str], str]:

@@ -19,7 +19,7 @@ PACKAGES = [
     "ibverbs-providers", "libbsd0", "libcap2", "libdbus-1-3", "libelf1t64", "libfdt1", "libibverbs1",
     "libjansson4", "libmd0", "libnl-3-200", "libnl-route-3-200", "libnuma1", "libpcap0.8t64", "libsystemd0",
     "libzstd1", "zlib1g",
-    "libblkio1", "qemu-utils", "qemu-block-extra",  # QEMU as a front-end of disks; tests call libblkio itself, too
+    "libblkio1", "qemu-utils", "qemu-block-extra",  # QEMU as a front-end; tests call libblkio, too
     "libaio1t64", "liburing2", "libnettle8t64", "libgmp10", "libhogweed6t64", "libglib2.0-0t64",
     "libgnutls30t64", "libpcre2-8-0", "libp11-kit0", "libidn2-0", "libunistring5", "libtasn1-6", "libffi8",
 ]  # fmt: skip
@@ -36,4 +36,4 @@ PEERS = _UNPACKED.folder
 
 def fetch() -> None:
     """Have all programs in .cache/peers; what is there is kept."""
-    _UNPACKED.fetch(variables={"QEMU_MODULE_DIR": str(PEERS / foreign.LIBRARIES / "qemu")})
+    _UNPACKED.fetch(variables={"QEMU_MODULE_DIR": f"{PEERS / foreign.LIBRARIES}/qemu"})

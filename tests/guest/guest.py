@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 ASSETS = ROOT / ".cache" / "guests"
 PILEUS = Path(sys.prefix) / "bin" / "pileus"
+IRQCHIP = os.environ.get("PILEUS_TEST_IRQCHIP")  # for all guests: "split"
 PROMPT = "guest# "
 # Generous: a boot takes 6 to 25 s in an emulated machine whose two cores others use as well. A test waits
 # for events, never for time, so only a failing one gets here.
@@ -89,7 +90,8 @@ class Guest:
     """
 
     def __init__(self, options: list[str], log: Path, *, terminal: bool = True) -> None:
-        self.command = [str(PILEUS), *options, "-vvv", "--log-file", str(log)]
+        irqchip = ["--irqchip", IRQCHIP] if IRQCHIP and "--irqchip" not in options else []
+        self.command = [str(PILEUS), *options, *irqchip, "-vvv", "--log-file", str(log)]
         self.log_file = log
         self.console = Reader()
         self.started = time.monotonic()

@@ -80,6 +80,8 @@ class System:
     Close it, or use it as a context manager.
     """
 
+    _hung: str | None = None  # a command that had no end
+
     def __init__(
         self,
         networks: list[Network],
@@ -115,7 +117,6 @@ class System:
         )  # fmt: skip
         self._control = Path(tempfile.mkdtemp(prefix="ssh-")) / "control"
         self._master: subprocess.Popen[bytes] | None = None
-        self._hung: str | None = None  # a command that had no end
 
     def __enter__(self) -> Self:
         return self

@@ -90,18 +90,19 @@ def test_without_any_there_is_none(start: StartGuest, tmp_path: Path) -> None:
     assert "virtio_iommu" not in text
 
 
+@pytest.mark.long
 def test_a_disk_behind_it_holds_what_was_written(start: StartGuest, tmp_path: Path, folder: Path) -> None:
     """A file system and raw blocks, with several queues, strict invalidation and without."""
     image, raw = folder / "disk", folder / "raw"
     image.write_bytes(bytes(64 * MIB))
-    content = os.urandom(24 * MIB)
+    content = os.urandom(8 * MIB)
     raw.write_bytes(content)
     script = """
 set -e
 /bin/mke2fs -q -F -t ext4 /dev/vda  # by its path, else the shell takes its own
 mkdir -p /mnt
 mount -t ext4 /dev/vda /mnt
-dd if=/dev/urandom of=/mnt/one bs=1M count=12 2>/dev/null
+dd if=/dev/urandom of=/mnt/one bs=1M count=5 2>/dev/null
 cat /mnt/one /mnt/one >/mnt/two
 sha256sum /mnt/one /mnt/two >/tmp/sums
 umount /mnt
@@ -120,7 +121,7 @@ true
             do="script", cmdline=CMDLINE + more, cpus="2",
             initramfs=segment(script, tmp_path, TRIXIE_PVH.initramfs, tools=True),
         )  # fmt: skip
-        text = guest.expect(r"script=\d+")
+        text = guest.expect(r"script=\d+", 300)
         assert text.endswith("script=0"), text
         assert fields(text, "raw") == [hashlib.sha256(content).hexdigest()]
         assert guest.wait() == 0

@@ -8,7 +8,12 @@ from tests.guest.conftest import StartGuest
 from tests.guest.guest import TRIXIE_PVH, Guest, Kernel
 
 FUNCTION = re.compile(r"pci=0000:00:(\w\w)\.0 class:(\S+) vendor:(\S+) device:(\S+)")
-KERNELS = [Kernel("bullseye"), Kernel("bookworm"), TRIXIE_PVH, Kernel("sid")]
+KERNELS = [
+    Kernel("bullseye"),
+    pytest.param(Kernel("bookworm"), marks=pytest.mark.long),
+    pytest.param(TRIXIE_PVH, marks=pytest.mark.long),
+    Kernel("sid"),
+]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)

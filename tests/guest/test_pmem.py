@@ -19,7 +19,13 @@ MIB = 1 << 20
 SIZE = 64 * MIB
 MODULES = "console=ttyS0 quiet pileus.modules=virtio pileus.modules=virtio_pmem,nfit,nd_pmem"
 KINDS = {"pci": ("on", ""), "mmio": ("off", ""), "nvdimm": ("on", ",nvdimm=on")}
-kinds = pytest.mark.parametrize(("pci", "keys"), KINDS.values(), ids=list(KINDS))
+kinds = pytest.mark.parametrize(
+    ("pci", "keys"),
+    [
+        pytest.param(*words, id=kind, marks=[pytest.mark.long] if kind == "mmio" else [])
+        for kind, words in KINDS.items()
+    ],
+)
 
 WAIT = """
 until [ -b /dev/pmem0 ]; do usleep 20000; done
@@ -122,7 +128,7 @@ def test_a_file_cut_short_ends_the_vm_and_says_so(boot: Boot, folder: Path) -> N
     assert "is a file of --pmem or --memory cut short" in guest.log
 
 
-@pytest.mark.parametrize("suite", ["bullseye", "bookworm", "sid"])
+@pytest.mark.parametrize("suite", ["bullseye", pytest.param("bookworm", marks=pytest.mark.long), "sid"])
 def test_every_kernel_finds_both_kinds(start: StartGuest, folder: Path, tmp_path: Path, suite: str) -> None:
     kernel = Kernel(suite)
     files = []

@@ -53,11 +53,12 @@ def test_large_memory(start: StartGuest) -> None:
     assert facts.number("memtotal_kb") > 5_000_000
 
 
-def test_huge_memory(start: StartGuest) -> None:
-    guest: Guest = start(memory="size=128G")
+@pytest.mark.parametrize("gib", [72, pytest.param(128, marks=pytest.mark.long)])
+def test_huge_memory(start: StartGuest, gib: int) -> None:
+    guest: Guest = start(memory=f"size={gib}G")
     facts = guest.facts(HUGE_TIMEOUT)
     assert guest.wait() == 0
-    assert facts.number("memtotal_kb") > 128_000_000
+    assert facts.number("memtotal_kb") > gib * 1_000_000
 
 
 def test_vmlinux_boot(start: StartGuest) -> None:
@@ -133,7 +134,7 @@ def reboots_once_then_powers_off(guest: Guest) -> None:
     assert guest.wait() == 0
 
 
-@pytest.mark.parametrize("suite", ["bookworm", "sid"])
+@pytest.mark.parametrize("suite", ["bookworm", pytest.param("sid", marks=pytest.mark.long)])
 def test_reboot(start: StartGuest, suite: str) -> None:
     reboots_once_then_powers_off(start(kernel=Kernel(suite), do="shell"))
 
@@ -189,9 +190,10 @@ class TestSystem:
         assert system.power_off() == 0
 
     def test_vmlinux_boot_noacpi(self, debian: StartSystem) -> None:
-        system = debian(kernel=TRIXIE_PVH, cmdline=f"{QUIET} acpi=off", cpus="1", console="tty")
+        # A cloud kernel has no MP table's parser, and no local APIC without: no MSI either.
+        system = debian(kernel=Kernel("generic"), cmdline=f"{QUIET} acpi=off", cpus="2", console="tty")
         cpus, memory, entropy = in_system(system)
-        assert cpus == 1
+        assert cpus == 2
         assert memory > SMALL_MEMTOTAL_KB
         assert entropy >= ENTROPY
         assert system.check("grep -c PCI-MSI /proc/interrupts") == "10"  # one disk less than the original

@@ -51,12 +51,12 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     engine.stop()
 
 
-Boot = Callable[[], "Driver"]
+Boot = Callable[..., "Driver"]
 
 
 @pytest.fixture
 def boot(start: StartGuest, engine: Engine, tmp_path: Path) -> Boot:
-    def boot() -> Driver:
+    def boot(*options: str) -> Driver:
         """A guest at its shell, with the modules of uio in /."""
         modules = {}
         for name in ("uio", "uio_pci_generic"):
@@ -66,6 +66,7 @@ def boot(start: StartGuest, engine: Engine, tmp_path: Path) -> Boot:
         guest: Guest = start(
             "--user-device",
             f"socket={engine.socket},id=copier",
+            *options,
             do="shell",
             cmdline=CMDLINE,
             initramfs=with_files(TRIXIE_PVH.initramfs, modules, tmp_path / "initramfs.cpio"),
@@ -122,8 +123,9 @@ class Driver:
         assert self.guest.wait() == 0
 
 
-def test_a_driver_has_memory_copied_and_hears_of_it(boot: Boot) -> None:
-    driver = boot()
+@pytest.mark.parametrize("irqchip", ["kernel", "split"])
+def test_a_driver_has_memory_copied_and_hears_of_it(boot: Boot, irqchip: str) -> None:
+    driver = boot("--irqchip", irqchip)
     guest = driver.guest
     for at, word in enumerate((0x11223344, 0x55667788, 0x99AABBCC)):
         driver.store(SPARE + 4 * at, word)

@@ -26,7 +26,9 @@ Serve = Callable[[list[str], Path], Backend]
 needs_daemon = pytest.mark.skipif(shutil.which(DAEMON) is None, reason=f"no {DAEMON}: run scripts/setup test")
 needs_virtiofsd = pytest.mark.skipif(missing("virtiofsd"), reason="no virtiofsd: run scripts/setup test")
 needs_passt = pytest.mark.skipif(missing("passt"), reason="no passt: run scripts/setup test")
-transports = pytest.mark.parametrize("pci", ["on", "off"])
+# Each of the three on one of the transports, and on the other where there is time.
+on_pci = pytest.mark.parametrize("pci", ["on", pytest.param("off", marks=pytest.mark.long)])
+on_mmio = pytest.mark.parametrize("pci", ["off", pytest.param("on", marks=pytest.mark.long)])
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def power_off(guest: Guest) -> None:
 
 
 @needs_daemon
-@transports
+@on_pci
 def test_a_disk_is_read_and_written(start: StartGuest, serve: Serve, tmp_path: Path, pci: str) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(range(256)) * (DISK_MIB * MIB // 256))
@@ -116,7 +118,7 @@ def test_a_system_boots_from_such_a_disk(start: StartGuest, serve: Serve) -> Non
 
 
 @needs_virtiofsd
-@transports
+@on_mmio
 def test_a_directory_is_shared(start: StartGuest, serve: Serve, tmp_path: Path, pci: str) -> None:
     shared, socket = tmp_path / "shared", tmp_path / "fs.socket"
     shared.mkdir()
@@ -150,7 +152,7 @@ def web(tmp_path: Path) -> Iterator[int]:
 
 
 @needs_passt
-@transports
+@on_pci
 def test_an_interface_needs_no_root_of_the_host(
     start: StartGuest, serve: Serve, tmp_path: Path, web: int, pci: str
 ) -> None:

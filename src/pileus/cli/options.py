@@ -32,6 +32,7 @@ GROUPS = {
         Option("--cpus", "vm.cpus"),
         Option("--memory", "vm.memory"),
         Option("--pci", "vm.pci"),
+        Option("--irqchip", "vm.irqchip"),
     ),
     "Devices": (
         Option("--disk", "vm.disks", LIST),

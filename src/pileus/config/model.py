@@ -340,6 +340,12 @@ class VmConfig(Struct):
     pci: bool = field(
         SWITCH, "carry virtio devices on PCI; off: on virtio-mmio, for guests without PCI", default=True
     )
+    irqchip: str | None = field(
+        Choice("kernel", "split"),
+        "who has the IOAPIC: kernel is KVM, with 8259s; split is pileus, and KVM has the local APICs only",
+        default=None,
+        default_help="kernel, or split where APIC ids pass 254",
+    )
     disks: list[DiskConfig] = field(Many(DiskConfig), "disks", factory=lambda _: [])
     serial: SerialConfig = field(Nested(SerialConfig), "serial port", factory=lambda _: SerialConfig())
     console: ConsoleConfig = field(
@@ -376,6 +382,11 @@ class VmConfig(Struct):
             return True
         devices: list[DiskConfig | NetConfig] = [*self.disks, *self.net]
         return any(device.vhost_user or device.offload for device in devices)
+
+    @property
+    def has_offloaded(self) -> bool:
+        """Whether a device is to have a process of its own, which pileus starts."""
+        return any(disk.offload for disk in self.disks) or any(net.offload for net in self.net)
 
     @property
     def has_iommu(self) -> bool:

@@ -81,6 +81,10 @@ cdef class Kvm:
         return bool(self.extension(_uapi.KVM_CAP_TSC_DEADLINE_TIMER))
 
     @property
+    def has_split_irqchip(self):
+        return bool(self.extension(_uapi.KVM_CAP_SPLIT_IRQCHIP))
+
+    @property
     def vcpu_mmap_size(self):
         return call_value(self.fd, _uapi.KVM_GET_VCPU_MMAP_SIZE, 0, "KVM_GET_VCPU_MMAP_SIZE")
 

@@ -1,12 +1,13 @@
 """What happens when the file behind a mapping is cut short by another process, and we touch what is gone.
 
 The kernel then sends SIGBUS, which ends a process. In a mapping that is guarded an empty page of our own takes
-the place of the missing one, for good, whoever touched it goes on, and the loss is noted: its owner tells whom
-it concerns. What another process sees in its file is its own affair from then on. System calls that meet such a
-page fail with EFAULT by themselves. All else goes to whoever handled the signal before.
+the place of the missing one, for good, and the loss is noted: its owner tells whom it concerns. System calls that
+meet such a page fail with EFAULT by themselves. All else goes to whoever handled the signal before.
 
 Source: mmap(2), "SIGBUS"; sigaction(2), BUS_ADRERR.
 """
+
+import os
 
 from libc.errno cimport errno
 from libc.stdint cimport uint64_t
@@ -38,10 +39,9 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef extern from *:
     """
-    #include <errno.h>
     #define pileus_set_errno(number) (errno = (number))
     """
-    void _set_errno "pileus_set_errno"(int number) nogil
+    void set_errno "pileus_set_errno"(int number) nogil
 
 
 cdef enum:
@@ -55,12 +55,33 @@ cdef struct Guarded:
     bint lost
 
 
-cdef Guarded entries[MOST]  # changed under the GIL, read by the handler at any time
+cdef Guarded entries[MOST]
 cdef sigaction before
 cdef bint installed = False
 cdef int told_fd = -1
-cdef int fault_count = 0
 memset(entries, 0, sizeof(entries))
+
+
+def tell(int eventfd):
+    """Let ``eventfd``, which stays open, know of each loss from now on; -1: nobody. One per process."""
+    global told_fd
+    told_fd = eventfd
+
+
+cdef int guard(void *base, uint64_t size, uint64_t page_size) except -2:
+    cdef int number
+    _install()
+    for number in range(MOST):
+        if entries[number].size == 0:
+            entries[number].base, entries[number].page_size = <uint64_t>base, page_size
+            entries[number].lost = False
+            entries[number].size = size
+            return number
+    return -1
+
+
+cdef void unguard(int number) noexcept nogil:
+    entries[number].size = 0
 
 
 cdef class Guard:
@@ -69,6 +90,7 @@ cdef class Guard:
     cdef int number
 
     def __cinit__(self, uint64_t hva, uint64_t size, uint64_t page_size=4096):
+        self.number = -1
         self.number = guard(<void *>hva, size, page_size)
         if self.number < 0:
             raise ValueError(f"at most {MOST} mappings are guarded")
@@ -87,32 +109,6 @@ cdef class Guard:
         return self.number >= 0 and entries[self.number].lost
 
 
-def tell(int eventfd):
-    """``eventfd``, which stays the caller's, is told of each page that is missed from now on; -1: nobody is."""
-    global told_fd
-    told_fd = eventfd
-
-
-def faults():
-    """How many pages of guarded mappings were missed so far."""
-    return fault_count
-
-
-cdef int guard(void *base, uint64_t size, uint64_t page_size) except -2:
-    cdef int number
-    _install()
-    for number in range(MOST):
-        if entries[number].size == 0:
-            entries[number].base, entries[number].page_size, entries[number].lost = <uint64_t>base, page_size, False
-            entries[number].size = size
-            return number
-    return -1
-
-
-cdef void unguard(int number) noexcept nogil:
-    entries[number].size = 0
-
-
 cdef _install():
     """Once: it stays, for it hands on what is not ours."""
     global installed
@@ -129,7 +125,6 @@ cdef _install():
 
 cdef void _on_sigbus(int number, siginfo_t *info, void *context) noexcept nogil:
     """In the thread that touched the page, wherever it was: nothing here takes a lock."""
-    global fault_count
     cdef uint64_t address = <uint64_t>info.si_addr, page
     cdef Guarded *entry
     cdef int index, kept = errno
@@ -141,9 +136,9 @@ cdef void _on_sigbus(int number, siginfo_t *info, void *context) noexcept nogil:
                 entry.lost = True
                 if mmap(<void *>page, entry.page_size, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED:
-                    fault_count += 1
-                    eventfd_signal(told_fd)
-                    _set_errno(kept)
+                    if told_fd >= 0:
+                        eventfd_signal(told_fd)
+                    set_errno(kept)
                     return
     if before.sa_flags & SA_SIGINFO:
         before.sa_sigaction(number, info, context)

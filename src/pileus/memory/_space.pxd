@@ -21,7 +21,7 @@ cdef class Region:
     cdef uint8_t *base
     cdef uint64_t lead               # mapped bytes before the region, which may begin within a page
     cdef uint64_t mapped
-    cdef int guarded                # the number of its guard, -1 without
+    cdef int guarded   # a number of _sigbus, -1 for none
     cdef int exports                 # memoryviews alive: unmapping under them would leave them dangling
 
     cdef _check_unused(self)

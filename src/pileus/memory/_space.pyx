@@ -79,25 +79,23 @@ cdef class Region:
         bint guarded=False,
     ):
         cdef int flags = MAP_PRIVATE if private or fd < 0 else MAP_SHARED
+        flags |= (0 if fd >= 0 else MAP_ANONYMOUS) | (0 if reserve else MAP_NORESERVE)
+        self.private = private or fd < 0
         cdef uint64_t lead = offset % page_size
         cdef uint64_t mapped = (lead + size + page_size - 1) // page_size * page_size
         cdef void *base
         cdef int error
-        flags |= (0 if fd >= 0 else MAP_ANONYMOUS) | (0 if reserve else MAP_NORESERVE)
-        self.private = private or fd < 0
         self.fd, self.size, self.offset, self.page_size, self.base = fd, size, offset, page_size, NULL
-        self.guarded = -1
         if size == 0 or mapped < size or offset - lead > <uint64_t>LONG_MAX:
             raise HostError("map", f"{size >> 20} MiB of guest memory", OSError(EINVAL, "mmap"))
         base = mmap(NULL, mapped, PROT_READ | PROT_WRITE, flags, fd, offset - lead)
         error = errno
         if base == MAP_FAILED:
             raise HostError("map", f"{size >> 20} MiB of guest memory", OSError(error, "mmap"))
-        if guarded:
-            self.guarded = guard(base, mapped, page_size)
-            if self.guarded < 0:
-                munmap(base, mapped)
-                raise HostError("map", f"{size >> 20} MiB of guest memory", "there are too many mappings")
+        self.guarded = guard(base, mapped, page_size) if guarded else -1
+        if guarded and self.guarded < 0:
+            munmap(base, mapped)
+            raise HostError("map", f"{size >> 20} MiB of guest memory", "there are too many mappings")
         self.lead, self.mapped = lead, mapped
         self.base = <uint8_t *>base + lead
 

@@ -4,6 +4,7 @@ class FakeImage(Image):
     events: list[tuple[str, int, int]]
     errors: dict[str, int]
     held: int
+    waited: int
     def __init__(
         self, size: int, kinds: str = "d", *, piece: int = 4096, readonly: bool = False, gated: bool = False
     ) -> None: ...

@@ -25,6 +25,7 @@ cdef class FakeImage(Image):
     cdef public list events
     cdef public dict errors
     cdef readonly int held
+    cdef readonly int waited    # at the gate, since the start
     cdef bytes kinds
     cdef uint64_t piece
     cdef int gate
@@ -61,6 +62,7 @@ cdef class FakeImage(Image):
     cdef int _event(self, const char *what, uint64_t offset, uint64_t length) noexcept nogil:
         cdef uint64_t count
         if self.gated:
+            self.waited += 1
             read(self.gate, &count, sizeof(count))
         with gil:
             word = what.decode()

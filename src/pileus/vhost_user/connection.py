@@ -143,7 +143,7 @@ def close_all(fds: list[int]) -> None:
 class Client:
     """Connects to a peer that listens at ``path``."""
 
-    over = False  # whether nobody can come any more
+    over = False  # others can come
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -177,7 +177,7 @@ class Client:
 class Server:
     """Listens at ``path`` for one peer after the other. A socket left there by nobody alive is replaced."""
 
-    over = False
+    over = False  # others can come
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -224,7 +224,7 @@ class Inherited:
 
     def __init__(self, fd: int) -> None:
         self.path = f"fd {fd}"
-        self.over = False
+        self.over = False  # whether it was the one connection that there is to have
         try:
             self._socket = socket.socket(fileno=fd)
             self._listens = bool(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
@@ -239,7 +239,7 @@ class Inherited:
         return self._socket.fileno() if self._listens else -1
 
     def attempt(self) -> "socket.socket | None":
-        """A connection, or None while nobody comes."""
+        """A connection, or None while nobody comes. Raises HostError once nobody can."""
         try:
             if self._listens:
                 return self._socket.accept()[0]
@@ -247,6 +247,8 @@ class Inherited:
             return None
         except OSError as error:
             raise HostError("accept a connection on", self.path, error) from error
+        if self.over:
+            raise HostError("wait for another front-end on", self.path, "it is a connection, and over")
         self.over = True
         return self._socket.dup()
 

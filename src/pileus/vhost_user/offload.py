@@ -1,8 +1,8 @@
 """A back-end of ours as a child of the VMM: started for a device, again when it dies, and ended with it.
 
-For the device it is a peer like another, by whose ``attempt`` a new child comes into being. The child is given
-one end of a socket pair, the descriptors of its file or TAP, a pipe for its messages, which become ours, and
-nothing else. It ends by itself when the other end of the socket is closed, however the VMM ends.
+For the device it is a peer like another, by whose ``attempt`` a new child comes into being. The child is
+given one end of a socket pair, the descriptors of its file or TAP, a pipe for its messages, which become
+ours, and nothing else. It ends by itself when the other end of the socket is closed, however the VMM ends.
 """
 
 import fcntl
@@ -40,9 +40,10 @@ sys.exit(backend.COMMANDS[sys.argv.pop(1)].main())
 
 
 class Child:
-    """The command ``program`` with ``words``, in which FIRST stands for the first of ``fds``, for device ``name``.
+    """The command ``program`` with ``words``, in which FIRST stands for the first of ``fds``.
 
-    ``done`` gives back what these are of, in the end. All on the thread of ``loop``.
+    It serves the device ``name``. ``done`` gives back what these are of, in the end.
+    All on the thread of ``loop``.
     """
 
     def __init__(
@@ -61,12 +62,22 @@ class Child:
         self._loop = loop
         self._done = done
         self._pid = 0
+        self._closed = False
+        self._ready: socket.socket | None = None  # the connection to a child that has begun already
         self._messages = -1  # where they are read
         self._begun = b""  # of a message
         self._status = 0  # that the last child ended with, as waitpid has it
 
+    def begin(self) -> None:
+        """Start a child for the first ``attempt``, so that it gets ready meanwhile. Raises HostError."""
+        self._ready = self._start()
+
     def attempt(self) -> "socket.socket":
         """A connection to a new child; the one before is gone. Raises HostError."""
+        ready, self._ready = self._ready, None
+        return ready or self._start()
+
+    def _start(self) -> "socket.socket":
         self._log_all(self._end(0))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -86,7 +97,7 @@ class Child:
         return ours
 
     def last_words(self) -> str:
-        """Why the child, which was not heard of, has ended; nothing if it went as it should or is still there.
+        """Why the child, which was not heard of, has ended; nothing if it went as it should or lives.
 
         For a device that was never used: later its messages are in the log.
         """
@@ -98,7 +109,12 @@ class Child:
         return told or (f"signal {-code} ended it" if code < 0 else f"it ended with status {code}")
 
     def close(self) -> None:
-        """The connection is closed: wait for the child to end."""
+        """The connection is closed: wait for the child to end. Closing twice is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._ready is not None:
+            self._ready.close()
         self._log_all(self._end(GRACE_MS))
         self._done()
 
@@ -127,7 +143,7 @@ class Child:
                 os.close(copy)
 
     def _end(self, grace_ms: int) -> bytes:
-        """Have no child any more: nothing that it had under way is so when this returns. What it said last."""
+        """Have no child any more: nothing of its work is under way when this returns. What it said last."""
         pid, self._pid = self._pid, 0
         if pid:
             self._status = _wait(pid, grace_ms)
@@ -173,7 +189,7 @@ class Child:
 
 
 def _wait(pid: int, grace_ms: int) -> int:
-    """For ``pid`` to end, by force if it takes longer; its status, 0 where somebody else has waited for it."""
+    """For ``pid`` to end, by force if it takes longer; its status, 0 where somebody else waited for it."""
     try:
         handle = os.pidfd_open(pid)
     except OSError:

@@ -24,11 +24,14 @@ if TYPE_CHECKING:
         """A way to front-ends: Client, Server or Inherited of ``vhost_user.connection``."""
 
         path: str
-        over: bool
 
         def fileno(self) -> int: ...
         def attempt(self) -> socket.socket | None: ...
         def close(self) -> None: ...
+
+        @property
+        def over(self) -> bool:
+            """Whether nobody can come any more."""
 
 
 RETRY = 0.1  # seconds between attempts to reach a front-end that listens

@@ -20,6 +20,7 @@ from pileus.devices.pvpanic import CRASH_LOADED, PANICKED, SHUTDOWN, PvPanic
 from pileus.devices.rtc import Rtc
 from pileus.devices.serial import Serial
 from pileus.errors import ConfigError
+from pileus.kvm.routing import Routes
 from pileus.kvm.slots import Slots
 from pileus.memory import GuestMemory, backing
 from pileus.vm import devices
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from pileus.console import Console
     from pileus.kvm import Kvm, Vcpu
     from pileus.virtio.device import VirtioDevice
+    from pileus.vm.lines import Lines
     from pileus.vm.mmio_devices import MmioDevices
+    from pileus.vm.offloaded import Offloaded
     from pileus.vm.pci_devices import PciDevices
     from pileus.vm.persistent import PersistentMemory
     from pileus.vm.vm import Loop
@@ -101,11 +104,13 @@ class _Builder:
         self.notice = notice
         self.more = more
         self.ged: Ged | None = None
+        self.end_of_interrupt: Callable[[int], None] | None = None
         self.ports = Bus("ports")
         self.mmio = Bus("mmio")
 
     def build(self) -> Vm:
         topology = topology_of(self.config.cpus, self.kvm)
+        self.offloaded = self._begin_offloaded()
         self.vm = self.cleanup.own(self.kvm.create_vm())
         memory = self._add_memory()
         long_apic_ids = topology.apic_id(self.config.cpus.max - 1) > LAST_SHORT_APIC_ID
@@ -117,10 +122,20 @@ class _Builder:
         self._load(memory, vcpus[0], topology, carrier)
         affinity = self.config.cpus.affinity or {}
         threads = [
-            VcpuThread(index, vcpu, self.ports, self.mmio, self.report, affinity.get(index))
+            VcpuThread(
+                *(index, vcpu, self.ports, self.mmio, self.report, affinity.get(index)),
+                end_of_interrupt=self.end_of_interrupt,
+            )
             for index, vcpu in enumerate(vcpus)
         ]
         return Vm(memory, threads, (self.ports, self.mmio), self.cleanup, self.devices, self.ged)
+
+    def _begin_offloaded(self) -> "Offloaded | None":
+        if not self.config.has_offloaded:
+            return None
+        from pileus.vm.offloaded import Offloaded
+
+        return Offloaded(self.config, self.loop, self.cleanup)
 
     def _add_memory(self) -> GuestMemory:
         ranges = layout.ram_ranges(self.config.memory.size)
@@ -138,14 +153,28 @@ class _Builder:
         return persistent.add(self.config, memory, self.vm, self.mmio, self.phys_bits, self.cleanup)
 
     def _add_irqchip(self, long_apic_ids: bool) -> None:
-        """All controllers in the kernel. A timer chip is needed only where the local APIC's is not enough."""
+        """All controllers in the kernel, or all but the IOAPIC and its elders.
+
+        A timer chip is needed only where the local APIC's is not enough; KVM's needs its 8259s.
+        """
         if long_apic_ids:
             self.vm.enable_x2apic_ids()
         self.vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
         self.vm.set_tss_address(layout.KVM_TSS)
+        if is_split(self.config.irqchip, self.kvm, long_apic_ids):
+            from pileus.vm.lines import SplitLines
+
+            self.vm.split_irqchip(layout.IOAPIC_PINS)
+            self.routes = Routes(self.vm, layout.GSI_FIRST_MSI, pins=())
+            split = SplitLines(self.vm, self.routes, self.mmio, self.loop)
+            self.lines: Lines = split
+            self.end_of_interrupt = split.ioapic.end_of_interrupt
+            return
         self.vm.create_irqchip()
         if not self.kvm.has_tsc_deadline:
             self.vm.create_pit()
+        self.routes = Routes(self.vm, layout.GSI_FIRST_MSI)
+        self.lines = self.vm
 
     def _add_devices(self) -> None:
         report = self.report
@@ -168,7 +197,7 @@ class _Builder:
         """A call fd that raises ``gsi``."""
         call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.cleanup.call(lambda: os.close(call_fd))
-        self.vm.add_irqfd(call_fd, gsi)
+        self.lines.add_irqfd(call_fd, gsi)
         return call_fd
 
     def _panicked(self, bits: int) -> None:
@@ -186,7 +215,9 @@ class _Builder:
 
     def _add_virtio_devices(self, memory: GuestMemory) -> "Carrier":
         """Devices are made before what carries them, so that they outlive it on the way down."""
-        made = devices.make(self.config, self.cleanup, self.virtio_console, self.loop, self.persistent)
+        made = devices.make(
+            self.config, self.cleanup, self.virtio_console, self.loop, self.persistent, self.offloaded
+        )
         self.devices = [*made, *(self.cleanup.own(make()) for make in self.more)]
         carrier = self._carrier(memory)
         for device in self.devices:
@@ -206,7 +237,7 @@ class _Builder:
         if not self.config.pci:
             from pileus.vm.mmio_devices import MmioDevices
 
-            return MmioDevices(self.vm, self.mmio, memory, self.cleanup)
+            return MmioDevices(self.vm, self.lines, self.mmio, memory, self.cleanup)
         from pileus.vm.pci_devices import PciDevices
 
         used_end = max((each.gpa + each.size for each in self.persistent), default=0)
@@ -216,7 +247,9 @@ class _Builder:
             from pileus.virtio.devices.iommu import IommuDevice
 
             iommu = next(device for device in self.devices if isinstance(device, IommuDevice))
-        return PciDevices(self.vm, self.ports, self.mmio, memory, above_4g, self.cleanup, iommu)
+        return PciDevices(
+            self.vm, self.routes, self.lines, self.ports, self.mmio, memory, above_4g, self.cleanup, iommu
+        )
 
     def _serve(self, device: "VirtioDevice", index: int) -> None:
         """Kicks of a queue that Python handles go to the control loop."""
@@ -283,6 +316,21 @@ class _Builder:
         pvh = entry.protocol == PVH
         regs.write_boot_tables(memory, pvh)
         regs.enter(vcpu, pvh, entry.rip, rsi=entry.rsi, rbx=entry.rbx)
+
+
+def is_split(irqchip: str | None, kvm: "Kvm", long_apic_ids: bool) -> bool:
+    """Whether KVM has local APICs only, as ``irqchip`` asks for or, if it is None, as long APIC ids need.
+
+    KVM's own IOAPIC has 8 bits for a destination. Raises ConfigError for what cannot be.
+    """
+    if irqchip == "kernel" and long_apic_ids:
+        raise ConfigError("--irqchip", irqchip, f"APIC ids above {LAST_SHORT_APIC_ID} need split")
+    if irqchip != "split" and not long_apic_ids:
+        return False
+    if not (kvm.has_split_irqchip and kvm.has_tsc_deadline):
+        lacking = "TSC deadline timer" if kvm.has_split_irqchip else "split irqchip"
+        raise ConfigError("--irqchip", "split", f"this host's KVM has no {lacking}")
+    return True
 
 
 def topology_of(cpus: "CpusConfig", kvm: "Kvm") -> Topology:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from pileus.config.model import VmConfig
     from pileus.console import Console
     from pileus.virtio.device import VirtioDevice
+    from pileus.vm.offloaded import Offloaded
     from pileus.vm.persistent import PersistentMemory
     from pileus.vm.vm import Loop
 
@@ -18,11 +19,12 @@ def make(
     console: "Console | None",
     loop: "Loop",
     persistent: "Sequence[PersistentMemory]" = (),
+    offloaded: "Offloaded | None" = None,
 ) -> "Iterator[VirtioDevice]":
     """Each device, given to ``cleanup`` as it is made. Raises PileusError where the host refuses one.
 
     ``console`` is the far end of the virtio console, None for no such device. ``loop`` watches back-ends.
-    ``persistent`` is memory in its place already.
+    ``persistent`` is memory in its place already, ``offloaded`` the processes that have begun.
     """
     if console is not None:
         from pileus.virtio.devices.console import make_console
@@ -35,7 +37,8 @@ def make(
         if disk.vhost_user or disk.offload:
             from pileus.vm import vhost_user_devices
 
-            yield cleanup.own(vhost_user_devices.open_disk(disk, index, loop))
+            child = offloaded.disks.get(index) if offloaded is not None else None
+            yield cleanup.own(vhost_user_devices.open_disk(disk, index, loop, child))
             continue
         from pileus.virtio.devices.blk import open_disk
 
@@ -44,7 +47,8 @@ def make(
         if net.vhost_user or net.offload:
             from pileus.vm import vhost_user_devices
 
-            yield cleanup.own(vhost_user_devices.open_net(net, index, loop))
+            interface = offloaded.interfaces.get(index) if offloaded is not None else None
+            yield cleanup.own(vhost_user_devices.open_net(net, index, loop, interface))
             continue
         from pileus.virtio.devices.net import open_net
 

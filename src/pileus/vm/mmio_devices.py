@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pileus.kvm import Vm
     from pileus.memory import GuestMemory
     from pileus.virtio.device import VirtioDevice
+    from pileus.vm.lines import Lines
 
 PINS = layout.IOAPIC_PINS - layout.GSI_FIRST_PIN
 
@@ -32,8 +33,11 @@ class MmioDevices:
     The 20th device shares the pin of the first: interrupts are edges, and each driver looks at its rings.
     """
 
-    def __init__(self, vm: "Vm", mmio: "Bus", memory: "GuestMemory", cleanup: "Cleanup") -> None:
+    def __init__(
+        self, vm: "Vm", lines: "Lines", mmio: "Bus", memory: "GuestMemory", cleanup: "Cleanup"
+    ) -> None:
         self._vm = vm
+        self._lines = lines
         self._mmio = mmio
         self._memory = memory
         self._cleanup = cleanup
@@ -54,7 +58,7 @@ class MmioDevices:
         self._count += 1
         call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._cleanup.call(lambda: os.close(call_fd))
-        self._vm.add_irqfd(call_fd, gsi)
+        self._lines.add_irqfd(call_fd, gsi)
         transport = MmioTransport(device, self._memory, call_fd)
         self._cleanup.call(transport.control.reset)
         transport.wire(self._vm, base)

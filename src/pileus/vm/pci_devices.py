@@ -3,7 +3,6 @@
 from pileus.arch.x86_64 import layout
 from pileus.arch.x86_64.acpi import pci as acpi_pci
 from pileus.cleanup import Cleanup
-from pileus.kvm.routing import Routes
 from pileus.pci.allocator import Window
 from pileus.pci.bus import PciBus
 from pileus.pci.host_bridge import PORT, PORTS, ConfigPorts, Ecam, host_bridge
@@ -14,11 +13,13 @@ if TYPE_CHECKING:
     from pileus.bus import Bus
     from pileus.cleanup import T
     from pileus.kvm import Vm
+    from pileus.kvm.routing import Routes
     from pileus.memory import GuestMemory
     from pileus.vfio.backend import Backend, Slots, Watcher
     from pileus.virtio.device import VirtioDevice
     from pileus.virtio.devices.iommu import IommuDevice
     from pileus.virtio.host_spaces import HostSpace
+    from pileus.vm.lines import Lines
 
 
 class PciDevices:
@@ -31,6 +32,8 @@ class PciDevices:
     def __init__(
         self,
         vm: "Vm",
+        routes: "Routes",
+        lines: "Lines",
         ports: "Bus",
         mmio: "Bus",
         memory: "GuestMemory",
@@ -41,12 +44,13 @@ class PciDevices:
         self._vm = vm
         self._memory = memory
         self._cleanup = cleanup
+        self._routes = routes
+        self._lines = lines
         self._iommu = iommu
         self._iommu_bdf = 0
         # Closed after all that is behind it: its reset takes away what their queues live on.
         iommu_end = cleanup.own(Cleanup()) if iommu is not None else cleanup
         self._owners = {True: iommu_end, False: cleanup}
-        self._routes = Routes(vm, layout.GSI_FIRST_MSI)
         below_4g = Window(layout.PCI_MMIO_32BIT, layout.PCI_MMIO_32BIT_SIZE)
         self.bus = PciBus(mmio, below_4g, None if above_4g is None else Window(*above_4g))
         self.bus.add(host_bridge())
@@ -80,7 +84,7 @@ class PciDevices:
             backend.close()
             raise
         gsi = layout.GSI_PCI_PIN + slot % layout.PCI_PINS
-        function = self._cleanup.own(PassThrough(backend, self._routes, self._vm, slots, loop, gsi))
+        function = self._cleanup.own(PassThrough(backend, self._routes, self._lines, slots, loop, gsi))
         bdf = self.bus.add(function, slot) << 3
         if space is not None and (iommu := self._iommu) is not None:
             iommu.add_host_device(bdf, backend.name, space)

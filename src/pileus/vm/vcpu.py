@@ -11,6 +11,7 @@ from pileus.kvm._vcpu import (
     EVENT_CRASH,
     EVENT_RESET,
     EVENT_SHUTDOWN,
+    IOAPIC_EOI,
     KICKED,
     SYSTEM_EVENT,
     TRIPLE_FAULT,
@@ -62,7 +63,10 @@ def explain(index: int, rip: str, reason: str, detail: "Any") -> Event:
 
 
 class VcpuThread:
-    """Runs ``vcpu``; whatever ends it but ``stop`` goes to ``report``, on the vCPU's own thread."""
+    """Runs ``vcpu``; whatever ends it but ``stop`` goes to ``report``, on the vCPU's own thread.
+
+    ``end_of_interrupt`` hears of the vectors that the guest has served, where the IOAPIC is not KVM's.
+    """
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class VcpuThread:
         mmio: "Bus",
         report: "Callable[[Event], None]",
         host_cpus: "list[int] | None" = None,
+        end_of_interrupt: "Callable[[int], None] | None" = None,
     ) -> None:
         self.index = index
         self.vcpu = vcpu
@@ -79,6 +84,7 @@ class VcpuThread:
         self._mmio = mmio
         self._report = report
         self._host_cpus = host_cpus
+        self._end_of_interrupt = end_of_interrupt
         self._stopping = self._parking = False
         self._alive = _thread.allocate_lock()  # held while the thread lives
         self._inside = _thread.allocate_lock()  # held while it may be in the guest or in a device
@@ -137,6 +143,9 @@ class VcpuThread:
         """Run the guest once; return whether it is to go on."""
         reason, detail = self.vcpu.run(self._ports, self._mmio)
         if reason == KICKED:
+            return True
+        if reason == IOAPIC_EOI and self._end_of_interrupt is not None:
+            self._end_of_interrupt(detail)
             return True
         event = explain(self.index, self.vcpu.rip_text(), reason, detail)
         self._report(event)

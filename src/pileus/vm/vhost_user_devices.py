@@ -1,8 +1,5 @@
 """The devices whose queues a vhost-user back-end serves, made of the configuration."""
 
-import os
-
-from pileus.config.grammar import format_struct
 from pileus.net import mac as mac_address
 from pileus.vhost_user.connection import Client, Server
 
@@ -12,6 +9,8 @@ if TYPE_CHECKING:
 
     from pileus.config.model import DiskConfig, NetConfig, VmConfig
     from pileus.vhost_user.devices.device import Peer, VhostUserDevice
+    from pileus.vhost_user.offload import Child
+    from pileus.vm.offloaded import Interface
     from pileus.vm.vm import Loop
 
 SERVER_PATIENCE = 30.0  # seconds for a back-end that has to be started once we listen
@@ -58,43 +57,44 @@ def make(config: "VmConfig", loop: "Loop") -> "Iterator[VhostUserDevice]":
         )
 
 
-def open_disk(config: "DiskConfig", index: int, loop: "Loop") -> "VhostUserDevice":
-    """The disk of ``--disk vhost_user=on``, or ``offload=on``."""
+def open_disk(
+    config: "DiskConfig", index: int, loop: "Loop", child: "Child | None" = None
+) -> "VhostUserDevice":
+    """The disk of ``--disk vhost_user=on``, or of ``offload=on``, which ``child`` serves."""
     from pileus.vhost_user.devices.blk import VhostUserBlk
     from pileus.vhost_user.devices.device import PATIENCE
 
-    name = config.id or f"_disk{index}"
     return VhostUserBlk(
-        name,
+        config.id or f"_disk{index}",
         "--disk",
-        _disk_child(config, name, loop) if config.offload else Client(config.socket or ""),
+        child or Client(config.socket or ""),
         loop,
         num_queues=config.num_queues,
         queue_size=config.queue_size,
-        patience=CHILD_PATIENCE if config.offload else PATIENCE,
+        patience=CHILD_PATIENCE if child is not None else PATIENCE,
     )
 
 
-def open_net(config: "NetConfig", index: int, loop: "Loop") -> "VhostUserDevice":
-    """The interface of ``--net vhost_user=on``, or ``offload=on``."""
+def open_net(
+    config: "NetConfig", index: int, loop: "Loop", offloaded: "Interface | None" = None
+) -> "VhostUserDevice":
+    """The interface of ``--net vhost_user=on``, or of ``offload=on``, which is ``offloaded``."""
     from pileus.vhost_user.devices.device import PATIENCE
     from pileus.vhost_user.devices.net import CHECKSUMS, SEGMENTS, UDP, VhostUserNet
 
     withheld = 0 if config.offload_csum else CHECKSUMS | SEGMENTS | UDP
     withheld |= (0 if config.offload_tso else SEGMENTS) | (0 if config.offload_ufo else UDP)
     path = config.socket or ""
-    name = config.id or f"_net{index}"
     mac = mtu = None
     peer: Peer
-    if config.offload:
-        peer, mac, mtu = _net_child(config, name, loop)
-        patience = CHILD_PATIENCE
+    if offloaded is not None:
+        peer, mac, mtu, patience = offloaded.child, offloaded.mac, offloaded.mtu, CHILD_PATIENCE
     elif config.vhost_mode == "server":
         peer, patience = Server(path), SERVER_PATIENCE
     else:
         peer, patience = Client(path), PATIENCE
     return VhostUserNet(
-        name,
+        config.id or f"_net{index}",
         "--net",
         peer,
         loop,
@@ -105,49 +105,6 @@ def open_net(config: "NetConfig", index: int, loop: "Loop") -> "VhostUserDevice"
         withheld=withheld,
         patience=patience,
     )
-
-
-def _disk_child(config: "DiskConfig", name: str, loop: "Loop") -> "Peer":
-    """A process for the image, which is opened here. Raises HostError."""
-    from pileus.block.open import open_file
-    from pileus.config.backends import DiskBackendConfig
-    from pileus.vhost_user.offload import FIRST, Child
-
-    assert config.path is not None  # by the rules of the configuration
-    told = DiskBackendConfig(
-        path=config.path,
-        fd=FIRST,
-        readonly=config.readonly,
-        direct=config.direct,
-        num_queues=config.num_queues,
-        queue_size=config.queue_size,
-        serial=config.serial,
-        image_type=config.image_type,
-        id=name,
-    )
-    fd = open_file(config.path, config.readonly, config.direct)
-    words = ["--backend", format_struct(told)]
-    return Child(name, "pileus-blk", words, [fd], loop, lambda: os.close(fd))
-
-
-def _net_child(config: "NetConfig", name: str, loop: "Loop") -> "tuple[Peer, bytes, int | None]":
-    """A process for the TAP, which is opened here; the guest's MAC address, and the MTU that it is to know.
-
-    Raises HostError.
-    """
-    from pileus.config.backends import NetBackendConfig
-    from pileus.vhost_user.offload import FIRST, Child
-    from pileus.virtio.devices.net import open_host_side
-
-    tap, mac, mtu = open_host_side(config)
-    told = NetBackendConfig(
-        fd=list(range(FIRST, FIRST + len(tap.fds))),
-        num_queues=config.num_queues,
-        queue_size=config.queue_size,
-        id=name,
-    )
-    words = ["--backend", format_struct(told)]
-    return Child(name, "pileus-net", words, tap.fds, loop, tap.close), mac, mtu
 
 
 def _mac(text: str | None) -> bytes:

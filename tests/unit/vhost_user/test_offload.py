@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pileus import log
+from pileus.cleanup import Cleanup
 from pileus.config.model import DiskConfig, NetConfig, VmConfig
 from pileus.errors import HostError
 from pileus.loop import Loop
@@ -19,6 +20,7 @@ from pileus.testing import FakeDriver
 from pileus.vhost_user.devices.device import VhostUserDevice
 from pileus.vhost_user.offload import Child
 from pileus.virtio import status
+from pileus.vm.offloaded import Offloaded, disk_child, interface_child
 from pileus.vm.vhost_user_devices import open_disk, open_net
 from tests.unit.net.namespace import Namespace, packet_socket
 from tests.unit.virtio.devices.disks import OK, SECTOR, Disk
@@ -42,7 +44,7 @@ def image(tmp_path: Path) -> Path:
 
 def disk(image: Path) -> Callable[[Loop], VhostUserDevice]:
     config = DiskConfig(path=str(image), image_type="raw", num_queues=QUEUES, offload=True, serial="number")
-    return lambda loop: open_disk(config, 0, loop)
+    return lambda loop: open_disk(config, 0, loop, disk_child(config, 0, loop))
 
 
 def child(driver: FakeDriver) -> Child:
@@ -88,7 +90,7 @@ def test_killing_the_child_ten_times_in_the_middle_of_writes_loses_nothing(image
 def test_an_interface_is_served_by_a_child(tmp_path: Path) -> None:
     with Namespace() as host:
         config = NetConfig(offload=True, num_queues=4, mac="2e:00:00:00:00:01")
-        with driving(lambda loop: open_net(config, 0, loop)) as driver:
+        with driving(lambda loop: open_net(config, 0, loop, interface_child(config, 0, loop))) as driver:
             (name,) = set(host.links) - {"lo"}
             with packet_socket(name) as sock:
                 assert send(driver, sock, FRAME) == FRAME
@@ -102,11 +104,23 @@ def test_an_image_that_is_none_is_told(tmp_path: Path) -> None:
     path.write_bytes(b"")
     loop = Loop()
     before = descriptors()
-    with pytest.raises(HostError, match="cannot start pileus-blk: .*image.*a disk has at least one sector"):
+    with pytest.raises(HostError, match=r"cannot start pileus-blk: .*image.*a disk has at least one sector"):
         disk(path)(loop)
     assert descriptors() == before
     assert children() == []
     loop.close()
+
+
+def test_children_begin_before_their_devices_and_end_without_them(image: Path) -> None:
+    before = descriptors()
+    config = VmConfig(disks=[DiskConfig(path=str(image), image_type="raw", offload=True)])
+    loop, cleanup = Loop(), Cleanup()
+    pid = Offloaded(config, loop, cleanup).disks[0].pid
+    assert not gone(pid)
+    cleanup.close()
+    loop.close()
+    assert gone(pid)
+    assert descriptors() == before
 
 
 def test_what_a_child_has_to_say_is_in_the_log_of_the_vmm(
@@ -132,8 +146,10 @@ SCRIPT = """
 import os, sys, time
 from pileus.config.model import DiskConfig
 from pileus.loop import Loop
+from pileus.vm.offloaded import disk_child
 from pileus.vm.vhost_user_devices import open_disk
-device = open_disk(DiskConfig(path=sys.argv[1], image_type="raw", offload=True), 0, Loop())
+config, loop = DiskConfig(path=sys.argv[1], image_type="raw", offload=True), Loop()
+device = open_disk(config, 0, loop, disk_child(config, 0, loop))
 print(device._peer.pid, flush=True)
 os.kill(os.getpid(), 9)
 """

@@ -27,7 +27,7 @@ from pileus.vfio_user.devices.copy_engine import CopyEngine
 from pileus.vfio_user.server import Server
 from pileus.vhost_user.devices.fs import VhostUserFs
 from pileus.virtio.devices.iommu import IommuDevice
-from pileus.vm.builder import build, topology_of
+from pileus.vm.builder import build, is_split, topology_of
 from pileus.vm.vcpu import Event
 from pileus.vmm.loop import Loop, Timer
 from tests.unit import tiny
@@ -107,8 +107,12 @@ class FailsAt:
         return call
 
 
-def test_each_step_that_fails_gives_everything_back(kvm: Kvm, config: VmConfig, console: Console) -> None:
+@pytest.mark.parametrize("irqchip", ["kernel", "split"])
+def test_each_step_that_fails_gives_everything_back(
+    kvm: Kvm, config: VmConfig, console: Console, irqchip: str
+) -> None:
     """Until a build meets no failure any more."""
+    config.irqchip = irqchip
     build(config, kvm, console, ignore, IDLE).close()
     before = tiny.held()
     for nth in range(1, 100):
@@ -119,7 +123,8 @@ def test_each_step_that_fails_gives_everything_back(kvm: Kvm, config: VmConfig, 
             assert tiny.held() == before, f"after {failing.calls}"
         else:
             break
-    assert {"create_vm", "set_memory", "create_irqchip", "add_irqfd", "create_vcpu", "set_cpuid"} <= set(
+    controllers = {"kernel": "create_irqchip", "split": "split_irqchip"}[irqchip]
+    assert {"create_vm", "set_memory", controllers, "add_irqfd", "create_vcpu", "set_cpuid"} <= set(
         failing.calls
     )
     assert tiny.held() == before
@@ -136,8 +141,11 @@ def test_a_payload_that_is_missing_gives_everything_back(
     assert tiny.held() == before
 
 
-def test_a_hundred_vms_leave_nothing(kvm: Kvm, config: VmConfig, console: Console) -> None:
-    build(config, kvm, console, ignore, IDLE).close()
+@pytest.mark.parametrize("irqchip", ["kernel", "split"])
+def test_a_hundred_vms_leave_nothing(kvm: Kvm, config: VmConfig, console: Console, irqchip: str) -> None:
+    config.irqchip = irqchip
+    for _ in range(50):  # until Python's allocator has settled, whose steps are a MiB
+        build(config, kvm, console, ignore, IDLE).close()
     before = tiny.held()
     for _ in range(100):
         build(config, kvm, console, ignore, IDLE).close()
@@ -290,6 +298,45 @@ def test_without_a_topology_each_vcpu_is_a_core(kvm: Kvm) -> None:
 def test_the_topology_asked_for_is_made(kvm: Kvm) -> None:
     topology = topology_of(CpusConfig(boot=2, max=8, topology=(2, 2, 1, 2)), kvm)
     assert (topology.threads, topology.cores, topology.dies, topology.packages) == (2, 2, 1, 2)
+
+
+class Irqchips:
+    """A KVM and what it has for interrupts."""
+
+    def __init__(self, *, split: bool = True, deadline: bool = True) -> None:
+        self.has_split_irqchip = split
+        self.has_tsc_deadline = deadline
+
+
+@pytest.mark.parametrize(
+    ("irqchip", "long_apic_ids", "split"),
+    [
+        (None, False, False),
+        (None, True, True),
+        ("kernel", False, False),
+        ("split", False, True),
+        ("split", True, True),
+    ],
+)
+def test_the_ioapic_is_kvm_s_unless_asked_or_needed(
+    irqchip: str | None, long_apic_ids: bool, split: bool
+) -> None:
+    assert is_split(irqchip, Irqchips(), long_apic_ids) is split  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("irqchip", "kvm", "long_apic_ids", "sentence"),
+    [
+        ("kernel", Irqchips(), True, "--irqchip kernel: APIC ids above 254 need split"),
+        ("split", Irqchips(split=False), False, "--irqchip split: this host's KVM has no split irqchip"),
+        (None, Irqchips(deadline=False), True, "--irqchip split: this host's KVM has no TSC deadline timer"),
+    ],
+)
+def test_an_irqchip_that_cannot_be_is_refused(
+    irqchip: str | None, kvm: Irqchips, long_apic_ids: bool, sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        is_split(irqchip, kvm, long_apic_ids)  # type: ignore[arg-type]
 
 
 class Small:

@@ -83,10 +83,11 @@ cdef class Queue:
     cdef Notes *notes
     cdef Region notes_region
     cdef uint64_t notes_counter
-    cdef uint64_t first_counter     # what it was when this process began
     cdef uint16_t *again            # heads that a process before this one had taken, to be taken again
     cdef uint32_t again_count
     cdef uint32_t again_next
+    cdef bint took_again            # the last chain was one of them
+
     # While active behind a virtual IOMMU, when all addresses are IOVAs.
     cdef Translation iommu          # None: addresses are GPAs
     cdef uint64_t mapped_at         # the generation that what follows is true for

@@ -188,9 +188,10 @@ cdef inline int _next(Queue self, Buffers *buffers, uint8_t **pages) noexcept no
         return -1
     buffers.head = head
     self.next_avail += 1
-    if self.notes != NULL:
+    if pages == NULL and self.notes != NULL:
         _note(self.notes, head, self.notes_counter)
         self.notes_counter += 1
+        self.took_again = False
     return 1
 
 
@@ -207,10 +208,6 @@ cdef inline void _put(Queue self, uint16_t head, uint32_t length, uint8_t **page
         (<uint32_t *>_used_at(self, 2 + 4 * index, pages))[0] = head
         (<uint32_t *>_used_at(self, 4 + 4 * index, pages))[0] = length
     self.next_used += 1
-    if self.notes != NULL:
-        (<Note *>(self.notes + 1))[head].next = self.notes.last_batch_head
-        # Release: who follows the heads from here finds the next one.
-        store_release_u16(&self.notes.last_batch_head, head)
 
 
 cdef inline int _vector(Queue self, Buffers *buffers, uint8_t *hva, uint64_t gpa, uint64_t length) noexcept nogil:
@@ -305,8 +302,6 @@ cdef class Queue:
         """
         cdef Notes *notes
         cdef Note *note
-        if self.pages != NULL:
-            raise ValueError("notes are for queues without an IOMMU")
         cdef uint32_t index, size = self.size
         cdef uint16_t used = load_u16(&self.used_ring[1])
         if offset & 7 or offset > region.size or region.size - offset < sizeof(Notes) + size * sizeof(Note):
@@ -321,7 +316,7 @@ cdef class Queue:
         # Told to the driver, but not struck yet when that process ended.
         self._strike(used - notes.used_index)
         found = sorted([(note[index].counter, index) for index in range(size) if note[index].inflight])
-        self.notes_counter = self.first_counter = (found[-1][0] + 1) & 0xFFFFFFFFFFFFFFFF if found else 0
+        self.notes_counter = (found[-1][0] + 1) & 0xFFFFFFFFFFFFFFFF if found else 0
         self.again = <uint16_t *>calloc(size, sizeof(uint16_t))
         if self.again == NULL:
             raise MemoryError
@@ -335,6 +330,7 @@ cdef class Queue:
         free(self.again)
         self.again, self.notes, self.notes_region = NULL, NULL, None
         self.again_count = self.again_next = 0
+        self.took_again = False
 
     def _find_rings(self, GuestMemory memory, Translation iommu):
         """The pointers that are no rings behind an IOMMU only say that they were found."""
@@ -383,6 +379,7 @@ cdef class Queue:
             return -1
         buffers.head = head
         self.again_next += 1
+        self.took_again = True
         return 1
 
     cdef void untake(self, uint16_t head) noexcept nogil:
@@ -391,13 +388,12 @@ cdef class Queue:
                 self.put(head, 0)
                 return
             self.since_refusal -= 1
-        if self.notes != NULL:
-            if self.notes_counter == self.first_counter:  # nothing but those to be taken again was taken
-                self.again_next -= 1
-                return
-            self.notes_counter -= 1
-            (<Note *>(self.notes + 1))[head].inflight = 0
+        elif self.took_again:
+            self.again_next -= 1
+            return
         self.next_avail -= 1
+        if self.notes != NULL:
+            (<Note *>(self.notes + 1))[head].inflight = 0
 
     cdef void _strike(self, uint16_t count) noexcept nogil:
         """The ``count`` chains that were put last are no longer under way."""
@@ -507,6 +503,10 @@ cdef class Queue:
     cdef void put(self, uint16_t head, uint32_t length) noexcept nogil:
         if self.pages == NULL:
             _put(self, head, length, NULL)
+            if self.notes != NULL:
+                (<Note *>(self.notes + 1))[head].next = self.notes.last_batch_head
+                # Release: who follows the heads from here finds the next one.
+                store_release_u16(&self.notes.last_batch_head, head)
         elif self._enter():
             _put(self, head, length, self.pages)
             self.iommu.leave()

@@ -448,6 +448,9 @@ def test_a_reset_waits_for_what_is_under_way(start: Open) -> None:
     for sector in range(10):
         driver.add([header(IN, sector)], [513])
     driver.kick()
+    deadline = time.monotonic() + 10
+    while not image.waited and time.monotonic() < deadline:  # until the engine has some
+        time.sleep(0.001)
     resetter = threading.Thread(target=driver.reset)
     resetter.start()
     resetter.join(0.1)

@@ -23,14 +23,12 @@ def test_memory_whose_file_was_truncated_reads_as_zeroes_and_is_told(told: int) 
     fd = os.memfd_create("gone")
     os.ftruncate(fd, 4 * PAGE)
     os.pwrite(fd, b"x" * 4 * PAGE, 0)
-    before = _sigbus.faults()
     with GuestMemory([(0, Region(fd, 4 * PAGE, guarded=True))]) as memory:
         os.ftruncate(fd, PAGE)
         assert memory.read(0, 2) == b"xx"
         assert memory.read(2 * PAGE, 2) == b"\0\0"
         memory.write(3 * PAGE, b"still")
         assert memory.read(3 * PAGE, 5) == b"still"
-    assert _sigbus.faults() == before + 2
     assert os.eventfd_read(told) == 2
     _sigbus.tell(-1)
     os.close(told)
@@ -71,10 +69,10 @@ def test_a_region_that_wraps_is_refused(place: tuple[int, int]) -> None:
 def test_other_faults_end_the_process_as_ever() -> None:
     text = """
 import mmap, os
-from pileus.memory import Region, _sigbus
-_sigbus.tell(-1)
+from pileus.memory import Region
 fd = os.memfd_create("other")
 os.ftruncate(fd, 4096)
+guarded = Region(os.memfd_create("guarded"), 4096, guarded=True)
 place = mmap.mmap(fd, 4096)
 os.ftruncate(fd, 0)
 place[0]
