@@ -1,4 +1,4 @@
-"""The commands ``pileus-blk`` and ``pileus-net``: one virtio device, served to front-ends over vhost-user.
+"""The commands ``pileus-blk``, ``pileus-net`` and ``pileus-fs``: one virtio device, served over vhost-user.
 
 Exit status 0 after an orderly end (SIGTERM, or a front-end that leaves the one connection there is), 1 with
 one sentence on standard error for whatever cannot be done, 128 + N for another signal N.
@@ -12,7 +12,7 @@ from pileus import __version__, log
 from pileus.cli.args import build, scan
 from pileus.cli.main import SIGINT, STDERR, STDOUT, say, start_log
 from pileus.cli.options import COUNT, HELP, SINGLE, SWITCH, VERSION, Option
-from pileus.config.backends import BlkBackendConfig, TapBackendConfig, check
+from pileus.config.backends import BlkBackendConfig, FsBackendConfig, TapBackendConfig, check
 from pileus.errors import ConfigError, PileusError
 
 TYPE_CHECKING = False
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from pileus.vhost_user.connection import Client, Inherited, Server
     from pileus.virtio.device import VirtioDevice
 
-    Config = BlkBackendConfig | TapBackendConfig
+    Config = BlkBackendConfig | TapBackendConfig | FsBackendConfig
 
 SIGHUP, SIGTERM = 1, 15
 FILES_OF_A_QUEUE, FILES = 8, 256  # descriptors, at most, of each queue and of all else
+MANY_FILES = 1 << 20  # a descriptor for each inode that a guest knows
+# Capabilities of who makes and reads files for others: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, MKNOD, SETFCAP.
+FILE_SERVER = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 27 | 1 << 31
 CLIENT = Option("--client", "", SWITCH, help="connect to the socket, on which a front-end listens")
 CAPABILITIES = Option("--print-capabilities", "", SWITCH, help="print what management software asks, as JSON")
 
@@ -59,7 +62,11 @@ class Command:
         root: "type[Config]",
         capabilities: str,
         open: "Callable[[Config], VirtioDevice]",
+        *,
+        keeps: int = 0,
+        files: int = 0,
     ) -> None:
+        """``keeps`` are capabilities that it works with; ``files`` the descriptors that it wants."""
         self.name = name
         self.groups = _groups(alias)
         self.options = tuple(option for group in self.groups.values() for option in group)
@@ -67,6 +74,8 @@ class Command:
         self._root = root
         self._capabilities = capabilities
         self._open = open
+        self._keeps = keeps
+        self._files = files
 
     def main(self, arguments: "list[str] | None" = None) -> int:
         """Run it with ``arguments`` (default: the process's); return its exit status."""
@@ -80,8 +89,9 @@ class Command:
 
     def configure(self, given: "dict[str, list[str]]") -> "Config":
         """The configuration that the options ask for, checked. Raises ConfigError."""
-        if self._root is BlkBackendConfig and "--backend" not in given:
-            raise ConfigError("--backend", "is missing", "path= of an image is needed")
+        if self._root is not TapBackendConfig and "--backend" not in given:
+            kind = "an image" if self._root is BlkBackendConfig else "a directory"
+            raise ConfigError("--backend", "is missing", f"path= of {kind} is needed")
         config = build(self._root, self.options, given)
         check(config)
         if CLIENT.flag in given and config.fd is not None:
@@ -102,15 +112,15 @@ class Command:
             return say(STDOUT, self._capabilities + "\n")
         config = self.configure(given)
         start_log(config.log_file, config.verbosity)
-        _allow_files(config.backend.num_queues)
+        _allow_files(max(self._files, FILES + FILES_OF_A_QUEUE * config.backend.num_queues))
         device = self._open(config)
         try:
-            return _serve(device, config, CLIENT.flag in given)
+            return _serve(device, config, CLIENT.flag in given, self._keeps)
         finally:
             device.close()
 
 
-def _serve(device: "VirtioDevice", config: "Config", as_client: bool) -> int:
+def _serve(device: "VirtioDevice", config: "Config", as_client: bool, keeps: int) -> int:
     from pileus.cleanup import Cleanup
     from pileus.loop import READABLE, Loop
     from pileus.vhost_user import _privileges
@@ -123,7 +133,7 @@ def _serve(device: "VirtioDevice", config: "Config", as_client: bool) -> int:
         loop = cleanup.own(Loop())
         signals = cleanup.own(SignalFd((SIGHUP, SIGINT, SIGTERM)))
         peer = cleanup.own(_peer(config, as_client))
-        _privileges.drop()
+        _privileges.drop(keeps)
 
         def signalled(_events: int) -> None:
             ended.extend(signals.take())
@@ -147,9 +157,8 @@ def _peer(config: "Config", as_client: bool) -> "Client | Inherited | Server":
     return Client(path) if as_client else Server(path)
 
 
-def _allow_files(queues: int) -> None:
-    """Let the process have as many descriptors as so many queues take, if the host does."""
-    wanted = FILES + FILES_OF_A_QUEUE * queues
+def _allow_files(wanted: int) -> None:
+    """Let the process have so many descriptors, or as many as the host does."""
     if wanted > 1024:
         import resource
 
@@ -173,6 +182,13 @@ def _open_interface(config: "Config") -> "VirtioDevice":
     return open_interface(config.backend)
 
 
+def _open_directory(config: "Config") -> "VirtioDevice":
+    assert isinstance(config, FsBackendConfig)
+    from pileus.vhost_user.backends.fs import open_directory
+
+    return open_directory(config.backend)
+
+
 BLK = Command(
     "pileus-blk",
     "a disk image, served as a virtio disk over vhost-user",
@@ -189,4 +205,14 @@ NET = Command(
     '{"type": "net"}',
     _open_interface,
 )
-COMMANDS = {command.name: command for command in (BLK, NET)}
+FS = Command(
+    "pileus-fs",
+    "a directory, served as a virtio file system over vhost-user",
+    "--shared-dir",
+    FsBackendConfig,
+    '{"type": "fs", "features": ["read-only"]}',
+    _open_directory,
+    keeps=FILE_SERVER,
+    files=MANY_FILES,
+)
+COMMANDS = {command.name: command for command in (BLK, NET, FS)}

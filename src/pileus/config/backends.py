@@ -1,4 +1,4 @@
-"""What the commands ``pileus-blk`` and ``pileus-net`` take, as ``model`` has it for ``pileus``."""
+"""What the back-ends' commands take, as ``model`` has it for ``pileus``."""
 
 from pileus.config.check import SOCKET_LIMIT, at_odds
 from pileus.config.declare import Struct, field
@@ -14,6 +14,7 @@ from pileus.config.kinds import (
     Printable,
     Ranges,
     Times,
+    Tuple,
 )
 from pileus.config.model import (
     FD,
@@ -21,16 +22,22 @@ from pileus.config.model import (
     ID_LIMIT,
     MAX_DISK_QUEUE_SIZE,
     MAX_DISK_QUEUES,
+    MAX_FS_QUEUES,
     MAX_MTU,
     MAX_PAIRS,
     MAX_QUEUE_SIZE,
     MIN_MTU,
     PATH,
     SERIAL_LIMIT,
+    SIZE,
     SWITCH,
+    TAG_LIMIT,
 )
 from pileus.errors import ConfigError
 
+GIB = 1 << 30
+PAGE = 4096
+MAX_ID = (1 << 32) - 2
 SOCK = field(PATH, "Unix socket to listen on, as --socket", default=None, default_help="none")
 ID = field(Printable(ID_LIMIT), "name of the device in messages", default=None, default_help="the command's")
 
@@ -94,6 +101,46 @@ class NetBackendConfig(Struct):
     id: str | None = field(Printable(ID_LIMIT), "name in messages", default=None, default_help="pileus-net")
 
 
+class DirectoryBackendConfig(Struct):
+    """The directory that is shared."""
+
+    path: str | None = field(PATH, "directory to share", default=None, default_help="none")
+    sock: str | None = field(PATH, "Unix socket to listen on, as --socket", default=None)
+    tag: str = field(
+        Printable(TAG_LIMIT), "what guests mount it by, where the front-end does not say", default=""
+    )
+    readonly: bool = field(SWITCH, "let the guest read only", default=False)
+    cache: str = field(
+        Choice("auto", "always", "never"),
+        "how long guests believe what they know: a second, a day",
+        default="auto",
+    )
+    cache_size: int = field(
+        SIZE, "window for guests to map files in (DAX), a power of two", default=8 * GIB, default_help="8G"
+    )
+    xattr: bool = field(SWITCH, "extended attributes: user.*, and capabilities of programs", default=True)
+    locks: bool = field(SWITCH, "locks hold on this host too, not in each guest by itself", default=False)
+    uid_map: tuple[int, ...] | None = field(
+        Tuple("guest", "host", "count", low=0, high=MAX_ID),
+        "users of the guest from GUEST on are those from HOST on here, COUNT of them",
+        default=None,
+        default_help="the same",
+    )
+    gid_map: tuple[int, ...] | None = field(
+        Tuple("guest", "host", "count", low=0, high=MAX_ID),
+        "likewise for groups",
+        default=None,
+        default_help="the same",
+    )
+    num_queues: int = field(
+        Count(1, MAX_FS_QUEUES), "queues for requests at most, beside the urgent one", default=1
+    )
+    queue_size: int = field(
+        Count(4, MAX_QUEUE_SIZE), "descriptors of each at most, a power of two", default=1024
+    )
+    id: str | None = field(Printable(ID_LIMIT), "name in messages", default=None, default_help="pileus-fs")
+
+
 class BackendConfig(Struct):
     """What all back-ends take: where their front-ends are."""
 
@@ -121,7 +168,13 @@ class TapBackendConfig(BackendConfig):
     )
 
 
-def check(config: "BlkBackendConfig | TapBackendConfig") -> None:
+class FsBackendConfig(BackendConfig):
+    """The whole of a pileus-fs process."""
+
+    backend: DirectoryBackendConfig = field(Nested(DirectoryBackendConfig), "the directory")
+
+
+def check(config: "BlkBackendConfig | TapBackendConfig | FsBackendConfig") -> None:
     """Judge all that spans fields. Raises ConfigError for the first rule that is broken."""
     backend = config.backend
     ways = {"--socket": config.socket, "--fd": config.fd, "--backend sock": backend.sock}
@@ -139,6 +192,11 @@ def check(config: "BlkBackendConfig | TapBackendConfig") -> None:
     if isinstance(backend, DiskBackendConfig):
         if backend.path is None and backend.fd is None:
             raise at_odds("--backend", backend, (), "path= is required, or fd=")
+    elif isinstance(backend, DirectoryBackendConfig):
+        if backend.path is None:
+            raise at_odds("--backend", backend, (), "path= is required")
+        if backend.cache_size < PAGE or backend.cache_size & (backend.cache_size - 1):
+            raise at_odds("--backend", backend, ("cache_size",), "cache_size is a power of two from 4K on")
     elif backend.num_queues % 2:
         raise at_odds("--backend", backend, ("num_queues",), "num_queues is an even number")
     elif backend.fd is not None and backend.tap is not None:

@@ -286,14 +286,14 @@ class Times(Kind):
 
 
 class Tuple(Kind):
-    """As many positive numbers as there are ``names``; ``wire`` are the names of these parts in the API."""
+    """As many numbers as there are ``names``; ``wire`` are the names of these parts in the API."""
 
-    def __init__(self, *names: str, high: int, wire: tuple[str, ...] = ()) -> None:
+    def __init__(self, *names: str, high: int, low: int = 1, wire: tuple[str, ...] = ()) -> None:
         self.names = names
         self.wire = wire or names
-        self.number = Count(1, high)
+        self.number = Count(low, high)
         self.metavar = ":".join(name.upper() for name in names)
-        self.allowed = f"{self.metavar}, {len(names)} numbers from 1 to {high}"
+        self.allowed = f"{self.metavar}, {len(names)} numbers from {low} to {high}"
 
     def parse(self, text: str) -> tuple[int, ...]:
         numbers = tuple(self.number.parse(part) for part in text.split(":"))

@@ -7,7 +7,7 @@ Source: prctl(2), capabilities(7)
 import os
 
 from libc.errno cimport errno
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
 from pileus.errors import HostError
@@ -28,7 +28,7 @@ cdef extern from "<linux/capability.h>":
 
 
 cdef extern from "<sys/syscall.h>":
-    long SYS_capset
+    long SYS_capget, SYS_capset
 
 
 cdef extern from "<unistd.h>" nogil:
@@ -39,8 +39,11 @@ cdef enum:
     MOST = 64
 
 
-def drop():
-    """For this thread and those it starts: call it before there are others. Raises HostError."""
+def drop(uint64_t kept=0):
+    """For this thread and those it starts: call it before there are others. Raises HostError.
+
+    ``kept`` are capabilities, a bit for each, that stay if they are there.
+    """
     cdef cap_user_header_t header
     cdef cap_user_data_t data[2]
     cdef int number
@@ -48,9 +51,18 @@ def drop():
         raise HostError("give up", "new privileges", OSError(errno, "prctl"))
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)  # kernels before 4.3 have none
     for number in range(MOST):
+        if kept >> number & 1:
+            continue
         prctl(PR_CAPBSET_DROP, number, 0, 0, 0)  # refused to who has no CAP_SETPCAP, and so nothing to lose
     memset(&header, 0, sizeof(header))
     memset(data, 0, sizeof(data))
     header.version = _LINUX_CAPABILITY_VERSION_3
+    if kept:
+        if syscall(SYS_capget, &header, data) < 0:
+            raise HostError("give up", "capabilities", OSError(errno, "capget"))
+        for number in range(2):
+            data[number].effective &= <uint32_t>(kept >> 32 * number)
+            data[number].permitted &= <uint32_t>(kept >> 32 * number)
+            data[number].inheritable = 0
     if syscall(SYS_capset, &header, data) < 0:
         raise HostError("give up", "capabilities", OSError(errno, "capset"))

@@ -10,6 +10,7 @@ reset when features change, when the front-end says so, or when it is gone.
 Source: vhost-user specification, Communication; Starting and stopping rings; Inflight I/O tracking
 """
 
+import errno
 import os
 import socket
 
@@ -110,6 +111,7 @@ class Backend:
         self._table.clear()
         self._inflight = self._log = None
         self.device.broke = self.device.changed = _nothing
+        self.device.mapper = None
         self._ended()
 
     @property
@@ -120,7 +122,8 @@ class Backend:
     @property
     def protocol_offered(self) -> Feature:
         """Who gives chains back in the order of their offer has nothing to note of those under way."""
-        return FEATURES & ~Feature.INFLIGHT_SHMFD if self.device.in_order else FEATURES
+        features = FEATURES & ~Feature.INFLIGHT_SHMFD if self.device.in_order else FEATURES
+        return features | (Feature.SHMEM if self.device.shared_memory else Feature(0))
 
     # -- messages ---------------------------------------------------------------------------------
 
@@ -191,6 +194,7 @@ class Backend:
         if unknown := message.values[0] & ~int(self.protocol_offered):
             raise RemoteProtocolError(f"protocol features {unknown:#x} were not offered")
         self.protocol_features = Feature(message.values[0])
+        self._offer_mapper()
 
     def _get_queue_num(self, message: Message, _fds: "list[int]") -> Message:
         return Message(message.request, self.device.queue_groups)
@@ -208,6 +212,10 @@ class Backend:
         for vring in self._vrings:
             vring.enabled = False
 
+    def _get_shared_memory(self, message: Message, _fds: "list[int]") -> Message:
+        sizes = self.device.shared_memory
+        return Message(message.request, len(sizes), *sizes, *(0,) * (protocol.MAX_SHMEM - len(sizes)))
+
     def _set_requests(self, _message: Message, fds: "list[int]") -> None:
         try:
             sock = socket.socket(fileno=fds[0])
@@ -217,6 +225,15 @@ class Backend:
         if self._requests is not None:
             self._requests.close()
         self._requests = Connection(sock, "the front-end", protocol.BACKEND, asks=True)
+        self._offer_mapper()
+
+    def _offer_mapper(self) -> None:
+        """The device may map files for the driver where the front-end does that, and says how it went."""
+        able = Feature.SHMEM | Feature.REPLY_ACK
+        if self._requests is None or self.protocol_features & able != able:
+            self.device.mapper = None
+        else:
+            self.device.mapper = Mapper(self._requests)
 
     # -- configuration ----------------------------------------------------------------------------
 
@@ -552,6 +569,7 @@ HANDLERS: "dict[int, Handler]" = {
     Request.GET_QUEUE_NUM: Backend._get_queue_num,
     Request.GET_STATUS: Backend._get_status,
     Request.SET_STATUS: Backend._set_status,
+    Request.GET_SHMEM_CONFIG: Backend._get_shared_memory,
     Request.RESET_DEVICE: Backend._reset,
     Request.SET_BACKEND_REQ_FD: Backend._set_requests,
     Request.GET_CONFIG: Backend._get_config,
@@ -573,6 +591,35 @@ HANDLERS: "dict[int, Handler]" = {
     Request.SET_VRING_ERR: Backend._set_err,
     Request.SET_VRING_ENABLE: Backend._set_enable,
 }
+
+
+class Mapper:
+    """Has the front-end map files into the shared memory of the device, by its channel for our requests."""
+
+    def __init__(self, requests: Connection) -> None:
+        self._requests = requests
+
+    def map(self, region: int, fd: int, at: int, offset: int, length: int, writable: bool) -> None:
+        """Bytes of ``fd`` from ``at`` on appear at ``offset`` of ``region``. Raises OSError."""
+        flags = protocol.MAP_WRITABLE if writable else 0
+        self._ask(Message(BackendRequest.SHMEM_MAP, region, at, offset, length, flags), [fd])
+
+    def unmap(self, region: int, offset: int, length: int) -> None:
+        """What is there goes away. Raises OSError."""
+        self._ask(Message(BackendRequest.SHMEM_UNMAP, region, 0, offset, length, 0), [])
+
+    def _ask(self, message: Message, fds: "list[int]") -> None:
+        message.flags = VERSION | protocol.NEED_REPLY
+        try:
+            self._requests.allow()
+            self._requests.send(message, fds)
+            reply, extra = self._requests.receive()
+        except PileusError as error:
+            log.limited(log.WARNING, f"{BackendRequest(message.request).name}: {error}")
+            raise OSError(errno.EIO, "the front-end is silent") from error
+        close_all(extra)
+        if reply.request != message.request or reply.values[0]:
+            raise OSError(errno.EINVAL, "the front-end refuses")
 
 
 def _notes_size(queue_size: int) -> int:

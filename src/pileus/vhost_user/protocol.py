@@ -146,6 +146,7 @@ INFLIGHT = Payload("QQHH4x", least=20)  # size, offset in the descriptor, queues
 IOTLB = Payload("QQQBB6x")  # iova, size, hva, permission, type
 NOTIFIER = Payload("QQQ")  # index, size, offset
 DEVICE_STATE = Payload("II")  # direction, phase
+MAP_WRITABLE = 1 << 0  # a flag of SHMEM_MAP
 SHMEM_CONFIG = Payload(f"I4x{MAX_SHMEM}Q")  # regions, sizes by id
 SHMEM_MAP = Payload("B7xQQQQ")  # region id, offset in the descriptor, offset in the region, size, flags
 ACK = Payload("Q", least=0)  # of SET_LOG_BASE, which some leave empty

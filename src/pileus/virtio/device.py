@@ -14,9 +14,15 @@ from pileus.virtio.queue import RING_FEATURES, Queue
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Any
+    from typing import Any, Protocol
 
     from pileus.memory import GuestMemory, Translation
+
+    class Mapper(Protocol):
+        """Who makes files appear in regions of ``shared_memory``. Raises OSError."""
+
+        def map(self, region: int, fd: int, at: int, offset: int, length: int, writable: bool) -> None: ...
+        def unmap(self, region: int, offset: int, length: int) -> None: ...
 
     State = Mapping[str, Any]
 
@@ -35,6 +41,7 @@ class VirtioDevice:
     features = 0  # offered beside those of ring and transport
     queue_sizes: tuple[int, ...] = ()  # the most descriptors of each queue, a power of two
     in_order = False  # chains are given back in the order of their offer, always
+    shared_memory: "tuple[int, ...]" = ()  # bytes of each region that driver and device see, by number
     kicked_in_python: "tuple[int, ...] | None" = None  # queues that handle_queue serves; None: all
 
     def __init__(self, name: str) -> None:
@@ -52,6 +59,7 @@ class VirtioDevice:
         self.failed = False  # the driver broke a rule, and nothing is served until its reset
         self.changed: Callable[[], None] = _nothing  # the transport's: interrupts for a new configuration
         self.broke: Callable[[], None] = _nothing  # the transport's: sets NEEDS_RESET
+        self.mapper: Mapper | None = None  # of shared_memory; None where there is none for this driver
         self.noticed: Callable[[str], None] = _nothing_of  # the VMM's: hears of its life, in a word
 
     # -- what a device overrides ------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The devices that the commands ``pileus-blk`` and ``pileus-net`` serve, made of their options."""
+"""The devices that the back-ends' commands serve, made of their options."""

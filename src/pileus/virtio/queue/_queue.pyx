@@ -19,7 +19,8 @@ Source: virtio 1.2, 2.7 (Split Virtqueues)
 import os
 
 cimport cython
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.errno cimport EINVAL, errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 
@@ -51,6 +52,11 @@ cdef extern from *:
     }
     """
     void load_descriptor "pileus_load_descriptor"(const Descriptor *place, Descriptor *entry) nogil
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    ssize_t preadv(int fd, const iovec *vectors, int count, int64_t at)
+    ssize_t pwritev(int fd, const iovec *vectors, int count, int64_t at)
 
 
 cdef enum:
@@ -931,3 +937,58 @@ cdef class Chain:
             left -= here
             offset = 0
         return done
+
+    def read_to(self, int fd, uint64_t at, size_t length, size_t offset=0):
+        """Write up to ``length`` readable bytes from ``offset`` on to file ``fd`` from its byte ``at`` on.
+
+        How many it took. Raises OSError. Nothing is copied here, and other threads run meanwhile.
+        """
+        return self._transfer(fd, at, length, offset, False)
+
+    def write_from(self, int fd, uint64_t at, size_t length, size_t offset=0):
+        """Fill up to ``length`` writable bytes from ``offset`` on from file ``fd``, likewise."""
+        return self._transfer(fd, at, length, offset, True)
+
+    cdef object _transfer(self, int fd, uint64_t at, size_t length, size_t offset, bint into):
+        cdef uint32_t index = self.buffers.readable if into else 0
+        cdef uint32_t end = self.buffers.count if into else self.buffers.readable
+        cdef uint32_t first = index, count = 0
+        cdef iovec[MAX_BUFFERS] vectors
+        cdef size_t here
+        cdef ssize_t done = 0
+        cdef int number = 0
+        if at >> 63 or length >> 62:
+            raise OSError(EINVAL, "an offset that no file has")
+        while index < end and length:
+            here = self.buffers.vectors[index].iov_len
+            if offset >= here:
+                offset -= here
+                index += 1
+                first = index
+                continue
+            vectors[count].iov_base = <char *>self.buffers.vectors[index].iov_base + offset
+            vectors[count].iov_len = min(here - offset, length)
+            length -= vectors[count].iov_len
+            count += 1
+            offset = 0
+            index += 1
+        if count:
+            with nogil:
+                done = preadv(fd, vectors, count, at) if into else pwritev(fd, vectors, count, at)
+                number = errno
+            if done < 0:
+                raise OSError(number, "")
+        if into:
+            self._mark(first, vectors, done)
+        return done
+
+    cdef void _mark(self, uint32_t first, iovec *vectors, size_t length) noexcept:
+        """So many bytes of ``vectors`` were written, the first of which lies in buffer ``first``."""
+        cdef uint32_t index = 0
+        cdef size_t here, skipped
+        while length:
+            here = min(<size_t>vectors[index].iov_len, length)
+            skipped = <char *>vectors[index].iov_base - <char *>self.buffers.vectors[first + index].iov_base
+            self.memory.mark(self.buffers.gpas[first + index] + skipped, here)
+            length -= here
+            index += 1
