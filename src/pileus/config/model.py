@@ -245,7 +245,7 @@ class FsConfig(Struct):
     queue_size: int = field(
         Count(2, MAX_QUEUE_SIZE), "descriptors of each queue, a power of two", default=1024
     )
-    dax: bool = field(SWITCH, "let files be mapped; the window for that is still to come", default=True)
+    dax: bool = field(SWITCH, "let the guest map files, if the back-end can", default=True)
     cache_size: int | None = field(
         SIZE,
         "size of that window, a power of two",

@@ -1,8 +1,8 @@
 """One driver's session with a shared directory: requests in, replies out.
 
 Every number of a request was checked when it comes to be used: inodes and open files are looked up in tables,
-names are single components. What the host refuses is the reply, as -errno. Names are opened with
-O_NOFOLLOW in an open directory, so that neither ``..`` nor a link, nor one that is put there meanwhile, leads out.
+names are single components. What the host refuses is the reply, as -errno. Names are opened with O_NOFOLLOW
+in an open directory, so that neither ``..`` nor a link, nor one that is put there meanwhile, leads out.
 
 Source: Linux, Documentation/filesystems/fuse.rst, include/uapi/linux/fuse.h; virtio 1.2, 5.11.6
 """

@@ -129,6 +129,16 @@ class Frontend:
         self._channel.allow()
         self._tell(Request.SET_CONFIG, offset, len(data), 0, tail=data)
 
+    def shared_memory(self) -> "tuple[int, ...]":
+        """Bytes of each region of memory that the back-end would show files in; none where it has none."""
+        if not self.has(Feature.SHMEM):
+            return ()
+        self._channel.allow()
+        count, *sizes = self._ask(Request.GET_SHMEM_CONFIG).values
+        if count > len(sizes):
+            raise RemoteProtocolError(f"{self.peer}: it has {count} regions of shared memory")
+        return tuple(sizes[:count])
+
     # -- rings ------------------------------------------------------------------------------------
 
     def inflight(self, queues: int, queue_size: int) -> "Inflight | None":

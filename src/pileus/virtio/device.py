@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from pileus.memory import GuestMemory, Translation
+    from pileus.memory._window import FileWindow
 
     class Mapper(Protocol):
         """Who makes files appear in regions of ``shared_memory``. Raises OSError."""
@@ -59,6 +60,7 @@ class VirtioDevice:
         self.failed = False  # the driver broke a rule, and nothing is served until its reset
         self.changed: Callable[[], None] = _nothing  # the transport's: interrupts for a new configuration
         self.broke: Callable[[], None] = _nothing  # the transport's: sets NEEDS_RESET
+        self.windows: tuple[FileWindow, ...] = ()  # shared_memory, where this process shows it to the guest
         self.mapper: Mapper | None = None  # of shared_memory; None where there is none for this driver
         self.noticed: Callable[[str], None] = _nothing_of  # the VMM's: hears of its life, in a word
 

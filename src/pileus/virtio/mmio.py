@@ -28,6 +28,7 @@ VERSION = 2
 VENDOR = int.from_bytes(b"PILE", "little")
 CONFIG = 0x100  # device-specific configuration from here on
 QUEUE_NOTIFY = 0x050
+SHARED_MEMORY_SELECT, SHARED_MEMORY = 0x0AC, range(0x0B0, 0x0C0, 4)
 ABSENT = 0xFFFFFFFF  # length and base of a shared memory region that does not exist
 
 READ: "dict[int, Callable[[Control], int]]" = {
@@ -39,10 +40,6 @@ READ: "dict[int, Callable[[Control], int]]" = {
     0x034: lambda control: 0 if (queue := control.queue) is None else queue.max_size,
     0x044: lambda control: 0 if (queue := control.queue) is None else int(queue.enabled),
     0x070: lambda control: control.status,
-    0x0B0: lambda control: ABSENT,  # shared memory: length, then base, each low and high
-    0x0B4: lambda control: ABSENT,
-    0x0B8: lambda control: ABSENT,
-    0x0BC: lambda control: ABSENT,
     0x0FC: lambda control: control.device.config_generation,
 }
 
@@ -85,6 +82,8 @@ class MmioTransport(MmioWindow):
         self.control.interrupt = self._config_changed
         self.control.forget = self._forget
         self._call_fd = call_fd
+        self.window: tuple[int, int] | None = None  # where the guest sees shared memory, and its size
+        self._selected = 0
         self._forget()
 
     def wire(self, doorbells: "Doorbells", base: int) -> None:
@@ -94,6 +93,8 @@ class MmioTransport(MmioWindow):
 
     def read(self, offset: int, size: int) -> int:
         with self.device.lock:
+            if offset in SHARED_MEMORY and size == 4:
+                return self._shared_memory(offset)
             if offset >= CONFIG:
                 return int.from_bytes(self.device.read_config(offset - CONFIG, size), "little")
             reader = READ.get(offset)
@@ -103,10 +104,20 @@ class MmioTransport(MmioWindow):
         with self.device.lock:
             if offset >= CONFIG:
                 self.device.write_config(offset - CONFIG, value.to_bytes(size, "little"))
+            elif size == 4 and offset == SHARED_MEMORY_SELECT:
+                self._selected = value
             elif size == 4 and offset == QUEUE_NOTIFY:
                 self._notify(value)
             elif size == 4 and (writer := WRITE.get(offset)) is not None:
                 writer(self.control, value)
+
+    def _shared_memory(self, offset: int) -> int:
+        """4.2.2: length, then base of the selected region, each low and high. There is one, if any."""
+        if self._selected or self.window is None:
+            return ABSENT
+        base, size = self.window
+        number = (size, base)[(offset - SHARED_MEMORY[0]) // 8]
+        return number >> 8 * (offset & 4) & 0xFFFFFFFF
 
     def _notify(self, index: int) -> None:
         """A doorbell that no ioeventfd took."""

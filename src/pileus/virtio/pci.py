@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from pileus.memory import GuestMemory
+    from pileus.memory._window import FileWindow
     from pileus.pci.msix import Routes
     from pileus.virtio.device import State, VirtioDevice
 
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 
         def add_ioeventfd(self, fd: int, address: int, size: int, value: int | None = None) -> None: ...
         def remove_ioeventfd(self, fd: int, address: int, size: int, value: int | None = None) -> None: ...
+
+    class Slots(Protocol):
+        """Who lets the guest see memory of this process."""
+
+        def insert(self, gpa: int, memory: FileWindow) -> int: ...
+        def remove(self, slot: int) -> None: ...
 
 
 VENDOR, FIRST_DEVICE, REVISION = 0x1AF4, 0x1040, 1
@@ -50,6 +57,8 @@ NOTIFY_MULTIPLIER = 4
 MAX_QUEUES = (TABLE - NOTIFY) // NOTIFY_MULTIPLIER
 
 COMMON_CFG, NOTIFY_CFG, ISR_CFG, DEVICE_CFG, PCI_CFG = range(1, 6)  # 4.1.4: types of capabilities
+SHARED_MEMORY_CFG = 8
+WINDOW = 2  # the BAR that shared memory has to itself
 # The PCI_CFG capability is a window onto the BARs: offsets of its fields, and what a driver may write.
 WINDOW_BAR, WINDOW_OFFSET, WINDOW_LENGTH, WINDOW_DATA = 4, 8, 12, 16
 WINDOW_WRITABLE = bytes.fromhex("0000 ff000000 ffffffff ffffffff ffffffff")
@@ -62,8 +71,14 @@ class PciTransport(Function):
     """Carries ``device``; add it to a PciBus. Raises ConfigError where interrupts run out."""
 
     def __init__(
-        self, device: "VirtioDevice", memory: "GuestMemory", routes: "Routes", doorbells: "Doorbells"
+        self,
+        device: "VirtioDevice",
+        memory: "GuestMemory",
+        routes: "Routes",
+        doorbells: "Doorbells",
+        slots: "Slots | None" = None,
     ) -> None:
+        """``slots`` are for the windows of a device that has some."""
         if len(device.queues) > MAX_QUEUES:
             raise ValueError(f"{device.name}: more than {MAX_QUEUES} queues")
         number = FIRST_DEVICE + device.id
@@ -87,11 +102,15 @@ class PciTransport(Function):
         self.control.forget = self._forget
         self._add_bar()
         self._add_capabilities()
+        self._slots = slots
+        self._slot: int | None = None  # of the window
+        self._add_window()
 
     def close(self) -> None:
         """Reset, and give back interrupts and doorbells; the device itself is its owner's to close."""
         self.control.reset()
         self._wire(None)
+        self._show(None)
         self.msix.close()
 
     def state(self) -> "State":
@@ -157,6 +176,34 @@ class PciTransport(Function):
         body = bytes([16 + len(more), kind, BAR, 0, 0, 0])
         body += offset.to_bytes(4, "little") + length.to_bytes(4, "little") + more
         return self.capabilities.add(capability.VENDOR_SPECIFIC, body, writable)
+
+    def _add_window(self) -> None:
+        """4.1.4.7 (Shared memory capability): the first region, in a BAR of its own; no device has others."""
+        if not self.device.windows:
+            return
+        size = self.device.windows[0].size
+        self.add_bar(Bar(WINDOW, size, [], prefetchable=True, moved=self._show))
+        body = (
+            bytes([24, SHARED_MEMORY_CFG, WINDOW, 0, 0, 0])
+            + bytes(4)
+            + (size & 0xFFFFFFFF).to_bytes(4, "little")
+        )
+        self.capabilities.add(
+            capability.VENDOR_SPECIFIC, body + bytes(4) + (size >> 32).to_bytes(4, "little")
+        )
+
+    def _show(self, gpa: int | None) -> None:
+        """Let the guest see the window where its BAR now is."""
+        if self._slots is None or not self.device.windows:
+            return
+        if self._slot is not None:
+            self._slots.remove(self._slot)
+            self._slot = None
+        if gpa is not None:
+            try:
+                self._slot = self._slots.insert(gpa, self.device.windows[0])
+            except HostError as error:
+                log.limited(log.ERROR, f"{self.name}: its window is not to be seen: {error}")
 
     def _wire(self, gpa: int | None) -> None:
         """Doorbells where BAR 0 now is. One that cannot be had rings by way of the bus."""

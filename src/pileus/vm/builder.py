@@ -229,26 +229,35 @@ class _Builder:
         if self.config.devices or self.config.user_devices:
             from pileus.vm import pass_through
 
-            slots = Slots(self.vm, len(memory.regions) + len(self.persistent))
-            pass_through.add(self.config, carrier, memory, slots, self.loop)
+            pass_through.add(self.config, carrier, memory, self.loop)
         return carrier
 
     def _carrier(self, memory: GuestMemory) -> "Carrier":
+        slots = Slots(self.vm, len(memory.regions) + len(self.persistent))
+        used_end = max((each.gpa + each.size for each in self.persistent), default=0)
+        above_4g = layout.pci_mmio_64bit(self.config.memory.size, self.phys_bits, used_end)
         if not self.config.pci:
             from pileus.vm.mmio_devices import MmioDevices
 
-            return MmioDevices(self.vm, self.lines, self.mmio, memory, self.cleanup)
+            return MmioDevices(self.vm, self.lines, self.mmio, memory, self.cleanup, slots, above_4g)
         from pileus.vm.pci_devices import PciDevices
 
-        used_end = max((each.gpa + each.size for each in self.persistent), default=0)
-        above_4g = layout.pci_mmio_64bit(self.config.memory.size, self.phys_bits, used_end)
         iommu = None
         if self.config.has_iommu:
             from pileus.virtio.devices.iommu import IommuDevice
 
             iommu = next(device for device in self.devices if isinstance(device, IommuDevice))
         return PciDevices(
-            self.vm, self.routes, self.lines, self.ports, self.mmio, memory, above_4g, self.cleanup, iommu
+            self.vm,
+            self.routes,
+            self.lines,
+            self.ports,
+            self.mmio,
+            memory,
+            above_4g,
+            self.cleanup,
+            slots,
+            iommu,
         )
 
     def _serve(self, device: "VirtioDevice", index: int) -> None:

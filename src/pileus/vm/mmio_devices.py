@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from pileus.bus import Bus
     from pileus.cleanup import Cleanup
     from pileus.kvm import Vm
+    from pileus.kvm.slots import Slots
     from pileus.memory import GuestMemory
+    from pileus.memory._window import FileWindow
     from pileus.virtio.device import VirtioDevice
     from pileus.vm.lines import Lines
 
@@ -34,13 +36,23 @@ class MmioDevices:
     """
 
     def __init__(
-        self, vm: "Vm", lines: "Lines", mmio: "Bus", memory: "GuestMemory", cleanup: "Cleanup"
+        self,
+        vm: "Vm",
+        lines: "Lines",
+        mmio: "Bus",
+        memory: "GuestMemory",
+        cleanup: "Cleanup",
+        slots: "Slots",
+        above_4g: "tuple[int, int] | None",
     ) -> None:
+        """``above_4g`` is where windows of devices may be: the first of them in ``slots``, and so on."""
         self._vm = vm
         self._lines = lines
         self._mmio = mmio
         self._memory = memory
         self._cleanup = cleanup
+        self._slots = slots
+        self._free, self._room = above_4g or (0, 0)
         self._count = 0
         self.aml: list[bytes] = []
         self.cmdline: list[str] = []
@@ -62,6 +74,8 @@ class MmioDevices:
         transport = MmioTransport(device, self._memory, call_fd)
         self._cleanup.call(transport.control.reset)
         transport.wire(self._vm, base)
+        if device.windows:
+            transport.window = self._show(device.windows[0])
         self._mmio.insert(base, WINDOW_SIZE, transport)
         resources = resource_template(memory32_fixed(base, WINDOW_SIZE), interrupt(gsi, EDGE | SHARED))
         self.aml.append(
@@ -74,3 +88,16 @@ class MmioDevices:
             )
         )
         self.cmdline.append(f"virtio_mmio.device=4K@{base:#x}:{gsi}")
+
+    def _show(self, window: "FileWindow") -> tuple[int, int]:
+        """Let the guest see ``window``; where, and how large. Raises ConfigError."""
+        gpa = -(-self._free // window.size) * window.size
+        self._room -= gpa + window.size - self._free
+        if self._room < 0:
+            raise ConfigError(
+                "--fs", f"cache_size {window.size}", "the guest's address space has no room for it"
+            )
+        self._free = gpa + window.size
+        slot = self._slots.insert(gpa, window)
+        self._cleanup.call(lambda: self._slots.remove(slot))
+        return gpa, window.size

@@ -3,7 +3,6 @@
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pileus.config.model import VmConfig
-    from pileus.kvm.slots import Slots
     from pileus.memory import GuestMemory
     from pileus.vm.mmio_devices import MmioDevices
     from pileus.vm.pci_devices import PciDevices
@@ -14,7 +13,6 @@ def add(
     config: "VmConfig",
     carrier: "MmioDevices | PciDevices",
     memory: "GuestMemory",
-    slots: "Slots",
     loop: "Loop",
 ) -> None:
     """Put each into a slot of ``carrier``, a PCI bus. Raises PileusError where one cannot be had.
@@ -34,7 +32,7 @@ def add(
             container = carrier.own(Container(memory))
         host = HostDevice(container, device.path, device.id or f"_vfio{index}")
         if device.iommu:
-            carrier.pass_through(host, slots, loop, container)
+            carrier.pass_through(host, loop, container)
             continue
         if shared is None:
             shared = container
@@ -43,9 +41,9 @@ def add(
             except BaseException:
                 host.close()
                 raise
-        carrier.pass_through(host, slots, loop)
+        carrier.pass_through(host, loop)
     for index, user in enumerate(config.user_devices):
         from pileus.vfio_user.client import Client, connect
 
         sock = connect("--user-device", user.socket)
-        carrier.pass_through(Client(sock, user.id or f"_vfio_user{index}", memory), slots, loop)
+        carrier.pass_through(Client(sock, user.id or f"_vfio_user{index}", memory), loop)

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from pileus.cleanup import T
     from pileus.kvm import Vm
     from pileus.kvm.routing import Routes
+    from pileus.kvm.slots import Slots
     from pileus.memory import GuestMemory
-    from pileus.vfio.backend import Backend, Slots, Watcher
+    from pileus.vfio.backend import Backend, Watcher
     from pileus.virtio.device import VirtioDevice
     from pileus.virtio.devices.iommu import IommuDevice
     from pileus.virtio.host_spaces import HostSpace
@@ -39,11 +40,13 @@ class PciDevices:
         memory: "GuestMemory",
         above_4g: tuple[int, int] | None,
         cleanup: Cleanup,
+        slots: "Slots",
         iommu: "IommuDevice | None" = None,
     ) -> None:
         self._vm = vm
         self._memory = memory
         self._cleanup = cleanup
+        self._slots = slots
         self._routes = routes
         self._lines = lines
         self._iommu = iommu
@@ -69,9 +72,7 @@ class PciDevices:
         """Close ``thing`` after the devices that are added from now on."""
         return self._cleanup.own(thing)
 
-    def pass_through(
-        self, backend: "Backend", slots: "Slots", loop: "Watcher", space: "HostSpace | None" = None
-    ) -> None:
+    def pass_through(self, backend: "Backend", loop: "Watcher", space: "HostSpace | None" = None) -> None:
         """Let the guest have the device of ``backend`` in the next slot. Raises ConfigError likewise.
 
         ``space`` is what it sees of memory, where it is behind the IOMMU. Raises HostError then.
@@ -84,7 +85,7 @@ class PciDevices:
             backend.close()
             raise
         gsi = layout.GSI_PCI_PIN + slot % layout.PCI_PINS
-        function = self._cleanup.own(PassThrough(backend, self._routes, self._lines, slots, loop, gsi))
+        function = self._cleanup.own(PassThrough(backend, self._routes, self._lines, self._slots, loop, gsi))
         bdf = self.bus.add(function, slot) << 3
         if space is not None and (iommu := self._iommu) is not None:
             iommu.add_host_device(bdf, backend.name, space)
@@ -95,7 +96,7 @@ class PciDevices:
 
     def add(self, device: "VirtioDevice") -> None:
         """Carry ``device`` in the next slot. Raises ConfigError when slots, addresses or GSIs run out."""
-        transport = PciTransport(device, self._memory, self._routes, self._vm)
+        transport = PciTransport(device, self._memory, self._routes, self._vm, self._slots)
         self._owners[device is self._iommu].own(transport)
         bdf = self.bus.add(transport) << 3
         if device is self._iommu:

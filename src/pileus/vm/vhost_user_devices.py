@@ -30,6 +30,7 @@ def make(config: "VmConfig", loop: "Loop") -> "Iterator[VhostUserDevice]":
             tag=fs.tag,
             num_queues=fs.num_queues,
             queue_size=fs.queue_size,
+            cache_size=(fs.cache_size or 0) if fs.dax else 0,
         )
     for index, net in enumerate(config.vhost_user_net):
         from pileus.vhost_user.devices.net import VhostUserNet

@@ -13,7 +13,8 @@ import time
 
 from pileus import log
 from pileus.errors import ConfigError, HostError, LocalProtocolError, PileusError
-from pileus.vhost_user.frontend import RUNNING, Frontend, Ring
+from pileus.vhost_user.connection import close_all
+from pileus.vhost_user.frontend import RUNNING, UNDERSTOOD, Frontend, Ring
 from pileus.vhost_user.protocol import REPLY, VERSION, BackendRequest, Feature, Message
 from pileus.virtio.device import VERSION_1, VirtioDevice
 from pileus.virtio.queue import RING_FEATURES
@@ -64,6 +65,7 @@ class VhostUserDevice(VirtioDevice):
 
     known = 0
     needed = Feature(0)
+    wanted = int(UNDERSTOOD)  # protocol features to agree on
     kicked_in_python: "tuple[int, ...] | None" = ()
 
     def __init__(
@@ -100,6 +102,10 @@ class VhostUserDevice(VirtioDevice):
     def backend_features(self) -> int:
         """Of the features that the driver chose, those that are the back-end's business."""
         return self.driver_features
+
+    def answer(self, message: Message, fds: "list[int]") -> bool:
+        """Whether what the back-end asks for is done; ``fds`` came with it. Without the device's lock."""
+        return message.request == BackendRequest.CONFIG_CHANGE_MSG
 
     def taken_up(self, frontend: Frontend) -> None:
         """Tell ``frontend``, whose rings run for a driver that knew another, what else it must know."""
@@ -212,7 +218,7 @@ class VhostUserDevice(VirtioDevice):
                 self._delay = min(2 * self._delay, LAST_DELAY)
             frontend = Frontend(sock, self._who)
             try:
-                frontend.negotiate(patience=self._patience)
+                frontend.negotiate(self.wanted, self._patience)
                 self._judge(frontend)
                 self.config = self.refresh(frontend)
                 self.features = self._offer(frontend)
@@ -312,7 +318,7 @@ class VhostUserDevice(VirtioDevice):
         """On a thread of its own; the loop closes what comes of it."""
         failed = False
         try:
-            frontend.negotiate(patience=self._patience)
+            frontend.negotiate(self.wanted, self._patience)
             with self.lock:
                 if not self._closed:
                     self._take_up(frontend)
@@ -373,9 +379,13 @@ class VhostUserDevice(VirtioDevice):
             if received is None:
                 return
             message, fds = received
-            for fd in fds:
-                os.close(fd)
-            self._answer(requests, message)
+            try:
+                done = self.answer(message, fds)
+            finally:
+                close_all(fds)
+            if message.needs_reply:  # at once: a back-end that waits for this may answer nothing else
+                requests.allow()
+                requests.send(Message(message.request, 0 if done else REFUSED, flags=VERSION | REPLY))
         except HostError:
             self._loop.unwatch(requests.fileno())  # it asks nothing any more; perhaps it is about to end
             return
@@ -386,13 +396,6 @@ class VhostUserDevice(VirtioDevice):
             return
         if message.request == BackendRequest.CONFIG_CHANGE_MSG:
             self._config_changed(frontend)
-
-    def _answer(self, requests: "Connection", message: Message) -> None:
-        """At once: a back-end that waits for this may answer nothing else."""
-        if message.needs_reply:
-            refused = 0 if message.request == BackendRequest.CONFIG_CHANGE_MSG else REFUSED
-            requests.allow()
-            requests.send(Message(message.request, refused, flags=VERSION | REPLY))
 
     def _config_changed(self, frontend: Frontend) -> None:
         with self.lock:
