@@ -112,21 +112,15 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _lint(_: list[str]) -> Outcome:
     tools = TOOLS / "bin"
     sources = ["src", "tests", "scripts", "bench", "fuzz", "examples", "setup.py"]
+    mypy = [str(tools / "mypy"), "--python-executable", str(PYTHON)]
+    strict = ["env", "MYPYPATH=scripts", *mypy, "--strict"]
     checks = [
         [str(tools / "ruff"), "check", "--quiet", *sources],
         [str(tools / "ruff"), "format", "--check", "--quiet", *sources],
-        [str(tools / "mypy"), "--python-executable", str(PYTHON)],
+        mypy,
         # The scripts are a program of their own, whose root is scripts/.
-        ["env", "MYPYPATH=scripts", str(tools / "mypy"), "--strict", "-p", "support"],
-        [
-            "env",
-            "MYPYPATH=scripts",
-            str(tools / "mypy"),
-            "--python-executable",
-            str(PYTHON),
-            "--strict",
-            *map(str, sorted(ROOT.glob("bench/*.py"))),
-        ],
+        [*strict, "-p", "support"],
+        [*strict, *map(str, sorted(ROOT.glob("bench/*.py")))],
     ]
     results = [_passes(command) for command in checks]
     return Outcome(passed=results.count(True), failed=results.count(False))
