@@ -44,7 +44,7 @@ BATCHES = {
     "machine": {"test_devices", "test_disks", "test_network"},  # they share two Debian guests
     "reference": {"test_reference"},
     "sockets": {"test_api", "test_vsock"},
-    "direct": {"test_iommu", "test_pmem", "test_vfio", "test_vfio_user"},
+    "direct": {"test_fs", "test_iommu", "test_pmem", "test_vfio", "test_vfio_user"},
 }
 # Two guests at a time: the emulated machine has two processors, and a guest mostly uses one.
 GUEST_WORKERS = 2
