@@ -21,7 +21,7 @@ GUEST = Path(__file__).parent / "guest"
 MODULES = [
     "pvpanic", "pvpanic-mmio", "pvpanic-pci", "virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net",
     "virtio_console", "virtio_rng", "virtio_balloon", "virtio_pmem", "nd_pmem", "nfit",
-    "virtio_iommu",
+    "virtio_iommu", "crc32c_generic", "ext4",
 ]  # fmt: skip
 TOOLS = ["/sbin/mke2fs", "/sbin/e2fsck"]  # e2fsprogs is on every Debian; busybox's mke2fs makes no ext4
 APPLETS = GUEST / "applets"  # those of busybox that the guest has as commands
