@@ -1,8 +1,8 @@
 """Shared directories: CPU time of pileus-fs for a request, beside virtiofsd's, as one driver asks both.
 
-The driver is plain Python, which takes longer than either server: rates would say how fast that is. So a figure
-is what the server's threads spend on one request. The directory is on this host's disk, its files in the page
-cache.
+The driver is plain Python, which takes longer than either server: rates would say how fast that is. So a
+figure is what the threads of the server spend on one request. The directory is on a disk of this host, its
+files in the page cache.
 """
 
 import os
