@@ -12,11 +12,14 @@ from tempfile import TemporaryDirectory
 
 from pileus.config.model import DiskConfig, NetConfig
 from pileus.console import Sink
+from pileus.fs.identity import Ids
+from pileus.fs.session import Session
 from pileus.memory._iommu import Iommu
 from pileus.virtio.device import VirtioDevice
 from pileus.virtio.devices.balloon import Balloon
 from pileus.virtio.devices.blk import open_disk
 from pileus.virtio.devices.console import ConsoleDevice
+from pileus.virtio.devices.fs import Fs
 from pileus.virtio.devices.iommu import IommuDevice
 from pileus.virtio.devices.net import open_net
 from pileus.virtio.devices.pmem import Pmem
@@ -91,6 +94,15 @@ def pmem() -> Iterator[VirtioDevice]:
     yield Pmem("pmem0", 1 << 33, 2 << 20, lambda: None)
 
 
+@contextmanager
+def fs() -> Iterator[VirtioDevice]:
+    """Shares a folder with a file in it, for as long as it is open."""
+    with TemporaryDirectory() as folder:
+        Path(folder, "file").write_bytes(bytes(5000))
+        root = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        yield Fs("fs0", Session(root, Ids(), Ids(), locks=True), "shared", 2, 64)
+
+
 def behind_an_iommu(factory: "Factory") -> "Factory":
     """What it is in for is FakeDriver's to say."""
 
@@ -125,6 +137,7 @@ FACTORIES: dict[str, Factory] = {
     "disk": disk(),
     "disk of four queues": disk(num_queues=4),
     "pmem": pmem,
+    "fs": fs,
     "read-only disk": disk(readonly=True),
     "iommu": iommu,
     "rng behind an iommu": behind_an_iommu(rng),

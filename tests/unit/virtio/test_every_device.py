@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pileus.fs.abi import IN_HEADER, STATFS
 from pileus.testing import F_INDIRECT, F_NEXT, F_WRITE, FakeDriver, Used
 from pileus.virtio import status
 from pileus.virtio.control import Control
@@ -281,6 +282,7 @@ def usable_request(driver: FakeDriver) -> tuple[int, list[bytes], list[int]]:
         "Balloon": (0, [bytes([64, 0, 0, 0])], []),
         "Blk": (0, [bytes(16)], [512, 1]),  # read sector 0
         "Pmem": (0, [bytes(4)], [4]),  # flush
+        "Fs": (1, [IN_HEADER.pack(IN_HEADER.size, STATFS, 1, 1, 0, 0, 1, 0)], [100]),
     }
     return known[type(driver.device).__name__]
 
