@@ -6,6 +6,7 @@ server; pinned alike, each to a core of its own. The disk is a file in the page 
 
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -13,15 +14,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from support.bench import Row
 from support.host import ROOT, ScriptError
 from support.vhost_front import VhostFront
 
+if TYPE_CHECKING:
+    from pileus.memory import Translation
+
 sys.path.insert(0, str(ROOT / "src"))
 
 DISK_SIZE = 512 << 20
 MEMORY_SIZE = 64 << 20
+PAGE = 4096
+READ_AND_WRITE = 3
 RING_SIZE = 256
 SECONDS = 1.0  # of each run
 DRIVER_CPU, SERVER_CPU = 0, (os.cpu_count() or 1) - 1
@@ -39,8 +46,6 @@ Serve = Callable[..., object]
 
 def compared(own: str, servers: dict[str, Serve], runs: int) -> list[Row]:
     """Figures of ``own`` beside those of each other server, and of reading the file without any."""
-    if not shutil.which(DAEMON):
-        raise ScriptError(f"{DAEMON} is missing: scripts/setup bench installs it")
     _go_first()
     with tempfile.TemporaryDirectory() as scratch:
         disk = Path(scratch, "disk")
@@ -146,6 +151,57 @@ def _cpu_seconds(pid: int) -> float:
     return total / 1e9
 
 
+def engine(*, behind_iommu: bool = False) -> Serve:
+    """The device of a VM, in a process by itself; ``behind_iommu``: each page mapped by itself, too."""
+
+    @contextmanager
+    def serve(disk: Path, memory, load, kick: int, call: int) -> Iterator[int]:  # type: ignore[no-untyped-def]
+        from pileus.block.open import open_image
+        from pileus.virtio.devices.blk import Blk
+
+        ready = os.eventfd(0)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.sched_setaffinity(0, {SERVER_CPU})
+                image = open_image(os.fspath(disk), format="raw", readonly=True)
+                device = Blk("disk", image, queue_size=RING_SIZE)
+                iommu = _pages() if behind_iommu else None
+                (queue,) = device.queues
+                os.dup2(kick, queue.kick_fd)
+                queue.size, queue.call_fd = RING_SIZE, call
+                queue.descriptors, queue.available, queue.used = load.descriptors, load.available, load.used
+                queue.activate(memory, 1 << 28 | 1 << 29, iommu)
+                device.driver_features = device.offered
+                device.activate()
+                os.eventfd_write(ready, 1)
+                while True:
+                    signal.pause()
+            finally:
+                os._exit(1)
+        os.eventfd_read(ready)
+        os.close(ready)
+        try:
+            yield pid
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    return serve
+
+
+def _pages() -> "Translation":
+    """Reaches all memory where it is, each page by a mapping of its own, as Linux maps buffers."""
+    from pileus.memory._iommu import Iommu
+
+    iommu = Iommu(bypass=False)
+    endpoint = iommu.add_endpoint(8, "disk")
+    iommu.attach(endpoint, 1)
+    for page in range(0, MEMORY_SIZE, PAGE):
+        iommu.map(iommu.domains[1], page, page + PAGE - 1, page, READ_AND_WRITE)
+    return endpoint
+
+
 def behind_socket(command: Callable[[Path, Path], list[str]]) -> Serve:
     """A vhost-user back-end: ``command(disk, socket)`` starts it."""
 
@@ -169,6 +225,8 @@ def behind_socket(command: Callable[[Path, Path], list[str]]) -> Serve:
 
 def daemon(aio: str) -> Serve:
     """qemu-storage-daemon with one of its ways to read a file."""
+    if not shutil.which(DAEMON):
+        raise ScriptError(f"{DAEMON} is missing: scripts/setup bench installs it")
     return behind_socket(
         lambda disk, socket: [
             DAEMON,
