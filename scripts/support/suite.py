@@ -22,7 +22,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from support import guests, system
 from support.host import CACHE, PYTHON, ROOT, TOOLS, ScriptError, has_full_kvm, run, say
@@ -34,7 +36,7 @@ GUEST_TIMEOUT = 40 * 60.0  # of one batch
 GUEST_PATIENCE = 7 * 60.0  # for the next result
 GUEST_MACHINES = 4  # for one batch
 NO_TESTS = 5  # pytest's status where none was left
-GUEST_BUDGET = 74 * 60.0  # of all batches: a run that takes longer says where it stood
+GUEST_BUDGET = 76 * 60.0  # of all batches: a run that takes longer says where it stood
 BATCH = "PILEUS_TEST_BATCH"  # the name of the only one to run
 # The files of each emulated machine: few enough to end before its buffer of translated code is full, of
 # which guests die (docs/nested.md).
@@ -44,8 +46,23 @@ BATCHES = {
     "machine": {"test_devices", "test_disks", "test_network"},  # they share two Debian guests
     "reference": {"test_reference"},
     "sockets": {"test_api", "test_vsock"},
-    "direct": {"test_fs", "test_iommu", "test_pmem", "test_vfio", "test_vfio_user"},
+    "direct": {"test_fs", "test_iommu", "test_pmem", "test_vfio_user"},
+    "host devices": {"test_vfio"},
 }
+# What an emulated machine of this batch has besides: an IOMMU, and an NVMe controller to pass through.
+NVME, NVME_SIZE = RESULTS / "nvme.img", 64 << 20
+MACHINES: dict[str, dict[str, Any]] = {
+    "host devices": {
+        "machine": "q35,kernel-irqchip=split",
+        "append": "intel_iommu=on",
+        "modules": ["tun", "vfio-pci", "nvme"],
+        "qemu": [
+            "-device", "intel-iommu,intremap=on",
+            "-drive", f"if=none,id=nvme,file={NVME},format=raw",
+            "-device", "nvme,serial=pileus,drive=nvme",
+        ],
+    }
+}  # fmt: skip
 # Two guests at a time: the emulated machine has two processors, and a guest mostly uses one.
 GUEST_WORKERS = 2
 # Unit tests that skip themselves, in part, where the host's KVM cannot run stock kernels.
@@ -174,7 +191,7 @@ def _guest(arguments: list[str]) -> Outcome:
 
     end = time.monotonic() + GUEST_BUDGET
 
-    def start(command: list[str], log: Path) -> int:
+    def start(name: str, command: list[str], log: Path) -> int:
         if (left := end - time.monotonic()) < 60:
             raise ScriptError("the guest tests have had their time")
         return run_nested(
@@ -182,16 +199,19 @@ def _guest(arguments: list[str]) -> Outcome:
             write=[RESULTS],
             copy=copy,
             disks=system.scratch_disks(),
-            modules=["tun"],
+            **({"modules": ["tun"]} | MACHINES.get(name, {})),
             timeout=min(GUEST_TIMEOUT, left),
             progress=(log, GUEST_PATIENCE),
         )
 
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with NVME.open("wb") as file:
+        file.truncate(NVME_SIZE)
     outcome = Outcome()
     for name, files in _guest_batches().items():
         if os.environ.get(BATCH, name) == name:
             started = time.monotonic()
-            batch = _guest_batch(name, [*files, *arguments], start)
+            batch = _guest_batch(name, [*files, *arguments], partial(start, name))
             say(f"--- guest, batch {name}: {batch}, {time.monotonic() - started:.0f} s")
             outcome += batch
     if any("KVM cannot run" in reason for reason in outcome.reasons):

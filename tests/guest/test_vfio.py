@@ -1,9 +1,7 @@
 """An NVMe controller of the host, bound to vfio-pci, is the guest's.
 
-The machine that runs these tests has such a controller if it was emulated with ``scripts/nested`` and
-``--machine q35,kernel-irqchip=split --append intel_iommu=on --module vfio-pci --module nvme --qemu '-device
-intel-iommu,intremap=on -drive if=none,id=n,file=null-co://,format=raw -device nvme,serial=pileus,drive=n'``
-(with a file of some MiB for the drive where data is to be verified). Its contents are lost.
+The machine that runs these tests has such a controller, behind an IOMMU of its own, if scripts/test emulates
+it (batch "host devices"). Its contents are lost.
 """
 
 import os
@@ -19,7 +17,7 @@ NVME_CLASS, QEMU_VENDOR = "0x010802", "0x1b36"
 DEVICES = Path("/sys/bus/pci/devices")
 MEMORY = "size=512M"
 CMDLINE = "console=ttyS0 quiet pileus.modules=virtio"
-pytestmark = [pytest.mark.long, pytest.mark.needs("--device")]
+pytestmark = [pytest.mark.needs("--device"), pytest.mark.xdist_group("nvme")]
 
 
 def _candidate() -> Path | None:
