@@ -4,11 +4,13 @@ import mmap
 import os
 import random
 from collections.abc import Iterable
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING
 
 from pileus.memory import GuestMemory, Region
 from pileus.memory._iommu import Endpoint
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 MIB = 1 << 20
 PAGE = 4096
@@ -112,7 +114,7 @@ class Scrambled:
             size -= here
         return b"".join(parts)
 
-    def write(self, iova: int, data: Buffer) -> None:
+    def write(self, iova: int, data: "Buffer") -> None:
         left = memoryview(data)
         while left:
             here = min(len(left), PAGE - iova % PAGE)
