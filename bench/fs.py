@@ -148,7 +148,7 @@ def _served(command: list[str], socket: Path) -> Iterator[tuple[int, Driver]]:
     loop = Loop()
     thread = threading.Thread(target=loop.run)
     try:
-        device = VhostUserFs("fs0", "--fs", Client(str(socket)), loop, tag="bench", queue_size=128)
+        device = VhostUserFs("fs0", "--fs", Client(str(socket)), loop, tag="bench", queue_size=16)
         with FakeDriver(device, shared=True) as driver:
             thread.start()
             try:

@@ -1,4 +1,7 @@
-"""Block requests to pileus-blk, beside qemu-storage-daemon in each of its ways to read a file."""
+"""Block requests to pileus-blk, beside qemu-storage-daemon in each of its ways to read a file.
+
+But aio=native, which it refuses for files in the page cache.
+"""
 
 from pathlib import Path
 
@@ -8,7 +11,7 @@ from support.host import VENV
 
 GOALS = ("bench",)
 OWN = "pileus-blk"
-AIOS = ("threads", "native", "io_uring")
+AIOS = ("threads", "io_uring")
 
 
 def run(options: Options) -> list[Row]:
