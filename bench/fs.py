@@ -74,7 +74,8 @@ class Driver:
         abi = self._abi
         entry = self.ask(abi.CREATE, 1, abi.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o644, 0, 0) + b"new\0")
         (handle,) = struct.unpack_from("<Q", entry, abi.ENTRY_OUT.size + abi.ATTRIBUTES.size)
-        self.ask(abi.RELEASE, 1, abi.RELEASE_IN.pack(handle, 0, 0, 0))
+        (node,) = struct.unpack_from("<Q", entry)
+        self.ask(abi.RELEASE, node, abi.RELEASE_IN.pack(handle, 0, 0, 0))
         self.ask(abi.UNLINK, 1, b"new\0")
 
 
