@@ -28,15 +28,18 @@ USER_BASE = 1 << 40  # where "our" memory is: any address will do, as long as th
 
 
 class VhostFront:
-    """A session with the back-end that listens at ``path``; ``memory_fd`` is all RAM, from 0."""
+    """A session with the back-end that listens at ``path``; ``memory_fd`` is all RAM, from 0.
 
-    def __init__(self, path: Path, memory_fd: int, memory_size: int) -> None:
+    ``features`` of the device are wanted besides those of its rings.
+    """
+
+    def __init__(self, path: Path, memory_fd: int, memory_size: int, features: int = 0) -> None:
         self.socket = _connect(path)
-        features = self._ask(GET_FEATURES)
+        offered = self._ask(GET_FEATURES)
         self._tell(SET_OWNER)
-        wanted = VERSION_1 | EVENT_IDX | INDIRECT | PROTOCOL_FEATURES
-        self.features = features & wanted
-        if features & PROTOCOL_FEATURES:
+        wanted = VERSION_1 | EVENT_IDX | INDIRECT | PROTOCOL_FEATURES | features
+        self.features = offered & wanted
+        if offered & PROTOCOL_FEATURES:
             self._ask(GET_PROTOCOL_FEATURES)
             self._tell(SET_PROTOCOL_FEATURES, U64.pack(0))
         self._tell(SET_FEATURES, U64.pack(self.features))
