@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from socket import if_nameindex
 
 from support.bench import Options, Row
 from support.foreign import LIBRARIES
@@ -124,7 +125,7 @@ def _backend(command: Callable[[Path], list[str]]) -> Iterator[tuple[int, Path]]
         )
         try:
             deadline = time.monotonic() + PATIENCE
-            while not (socket.exists() and Path("/sys/class/net", INTERFACE).exists()):
+            while not (socket.exists() and INTERFACE in (name for _, name in if_nameindex())):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise ScriptError(f"{command(socket)[0]} serves nothing")
                 time.sleep(0.01)
