@@ -57,6 +57,7 @@ class TestOneOfEach:
         machine.check("echo 3 >/proc/sys/vm/drop_caches; echo 1 >/proc/sys/vm/compact_memory")
         _until(lambda: _resident(machine, "VmRSS") < _resident(machine, "VmHWM") - 128 * MIB)
 
+    @pytest.mark.long
     def test_a_guest_short_of_memory_reads_its_disks_right(self, machine: Machine) -> None:
         machine.check(
             f"""

@@ -12,11 +12,13 @@ import pytest
 
 from tests.guest.conftest import StartGuest
 from tests.guest.guest import Guest
+from tests.peer.vhost_user import PROGRAMS
 
 MIB = 1 << 20
 COMMAND = Path(sys.prefix) / "bin" / "pileus-fs"
 LOADED = "console=ttyS0 quiet pileus.modules=virtio"
 PATIENCE = 20.0
+LONG = 600.0
 pytestmark = pytest.mark.needs("--fs")
 
 
@@ -63,7 +65,9 @@ def power_off(guest: Guest) -> None:
 
 
 # A mapping that is written through, as DAX is about.
-@pytest.mark.parametrize(("pci", "dax"), [("on", "on"), ("off", "on"), ("on", "off")])
+@pytest.mark.parametrize(
+    ("pci", "dax"), [("on", "on"), ("off", "on"), pytest.param("on", "off", marks=pytest.mark.long)]
+)
 def test_files_go_both_ways(start: StartGuest, share: Callable[..., Share], pci: str, dax: str) -> None:
     fs = share()
     data = os.urandom(8 * MIB)
@@ -129,4 +133,43 @@ def test_a_back_end_that_is_killed_costs_its_mount_only(
     (fs.folder / "file").write_text("afterwards\n")
     guest.run("umount -l /mnt; mkdir /again; mount -t virtiofs shared /again || echo busy")
     assert guest.run("echo the guest lives") == "the guest lives"
+    power_off(guest)
+
+
+def virtiofsd(folder: Path, socket: Path) -> list[str]:
+    words = [str(PROGRAMS / "virtiofsd"), "--socket-path", str(socket), "--shared-dir", str(folder)]
+    return [*words, "--sandbox", "none", "--seccomp", "none", "--log-level", "error"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("server", ["pileus-fs", "virtiofsd"])
+def test_ten_thousand_files_and_a_gib_are_right(
+    start: StartGuest, share: Callable[..., Share], server: str
+) -> None:
+    fs = share()
+    if server == "virtiofsd":
+        fs.kill()
+        fs.command = virtiofsd(fs.folder, fs.socket)
+        fs.start()
+    guest: Guest = start("--fs", f"tag=shared,socket={fs.socket},dax=off", do="shell", cmdline=LOADED)
+    guest.shell()
+    guest.run("mkdir /mnt; mount -t virtiofs shared /mnt; mkdir /mnt/many; cd /mnt/many")
+    guest.type("for i in $(seq 10000); do echo $i >$i; done; echo ma''de\n")
+    guest.expect("made", LONG)
+    guest.shell()
+    assert sum(int((fs.folder / "many" / str(number)).read_text()) for number in range(1, 10001)) == 50005000
+    guest.type("cat * | awk '{ sum += $1 } END { print \"sum=\" sum }'\n")
+    guest.expect("sum=50005000", LONG)
+    guest.shell()
+    guest.type("cd /; dd if=/dev/urandom of=/mnt/big bs=1M count=1024 conv=fsync; echo writ''ten\n")
+    guest.expect("written", LONG)
+    guest.shell()
+    digest = hashlib.md5()
+    with (fs.folder / "big").open("rb") as file:
+        while block := file.read(MIB):
+            digest.update(block)
+    assert (fs.folder / "big").stat().st_size == 1024 * MIB
+    guest.type("echo 3 >/proc/sys/vm/drop_caches; md5sum /mnt/big\n")
+    guest.expect(digest.hexdigest(), LONG)
+    guest.shell()
     power_off(guest)

@@ -34,7 +34,14 @@ def test_memory_can_be_huge_pages(start: StartGuest) -> None:
     assert guest.wait() == 0
 
 
-@pytest.mark.parametrize("memory", ["size=512M,shared=on", "size=512M,file=/dev/shm", "size=512M,thp=off"])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        "size=512M,shared=on",
+        "size=512M,file=/dev/shm",
+        pytest.param("size=512M,thp=off", marks=pytest.mark.long),
+    ],
+)
 def test_memory_boots_from_other_backings(start: StartGuest, memory: str) -> None:
     guest: Guest = start(memory=memory)
     assert guest.facts().number("memtotal_kb") > 460_000

@@ -8,6 +8,7 @@ from tests.guest.conftest import StartGuest
 from tests.guest.guest import Guest
 
 
+@pytest.mark.long
 def test_two_reboots_then_power_off_in_one_process(start: StartGuest) -> None:
     guest: Guest = start(do="shell")
     for _ in range(2):

@@ -134,7 +134,8 @@ def reboots_once_then_powers_off(guest: Guest) -> None:
     assert guest.wait() == 0
 
 
-@pytest.mark.parametrize("suite", ["bookworm", pytest.param("sid", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("suite", ["bookworm", "sid"])
 def test_reboot(start: StartGuest, suite: str) -> None:
     reboots_once_then_powers_off(start(kernel=Kernel(suite), do="shell"))
 
