@@ -10,7 +10,8 @@ DPDK = [
     "ip-frag25", "kvargs25", "latencystats25", "log25", "mbuf25", "mempool-dpaa25",
     "mempool-ring25", "mempool25", "meter25", "metrics25", "net-bnxt25", "net-bond25", "net-dpaa25",
     "net-i40e25", "net-iavf25", "net-ice25", "net-ixgbe25", "net-mlx5-25", "net-tap25", "net-vhost25",
-    "net-virtio25", "net25", "pcapng25", "pci25", "pdump25", "rcu25", "reorder25", "ring25", "sched25", "security25",
+    "net-virtio25", "net25", "pcapng25", "pci25", "pdump25", "rcu25",
+    "reorder25", "ring25", "sched25", "security25",
     "telemetry25", "timer25", "vhost25",
 ]  # fmt: skip
 PACKAGES = [
