@@ -47,12 +47,12 @@ BATCHES = {
     "reference": {"test_reference"},
     "sockets": {"test_api", "test_vsock"},
     "direct": {"test_fs", "test_iommu", "test_pmem", "test_vfio_user"},
-    "host devices": {"test_vfio"},
+    "host-devices": {"test_vfio"},
 }
 # What an emulated machine of this batch has besides: an IOMMU, and an NVMe controller to pass through.
 NVME, NVME_SIZE = RESULTS / "nvme.img", 64 << 20
 MACHINES: dict[str, dict[str, Any]] = {
-    "host devices": {
+    "host-devices": {
         "machine": "q35,kernel-irqchip=split",
         "append": "intel_iommu=on",
         "modules": ["tun", "vfio-pci", "nvme"],

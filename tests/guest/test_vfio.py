@@ -1,7 +1,7 @@
 """An NVMe controller of the host, bound to vfio-pci, is the guest's.
 
 The machine that runs these tests has such a controller, behind an IOMMU of its own, if scripts/test emulates
-it (batch "host devices"). Its contents are lost.
+it (batch "host-devices"). Its contents are lost.
 """
 
 import os
