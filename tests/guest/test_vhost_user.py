@@ -3,17 +3,21 @@
 import functools
 import hashlib
 import http.server
+import os
 import shutil
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.guest import system
-from tests.guest.conftest import StartGuest
+from tests.guest.conftest import NewNetwork, StartGuest
 from tests.guest.guest import Guest
-from tests.peer.vhost_user import PROGRAMS, Backend, missing
+from tests.guest.system import Network
+from tests.peer.vhost_user import LIBRARIES, PATIENCE, PROGRAMS, Backend, missing
 
 DAEMON = "qemu-storage-daemon"
 MIB = 1 << 20
@@ -25,6 +29,7 @@ Serve = Callable[[list[str], Path], Backend]
 
 needs_daemon = pytest.mark.skipif(shutil.which(DAEMON) is None, reason=f"no {DAEMON}: run scripts/setup test")
 needs_virtiofsd = pytest.mark.skipif(missing("virtiofsd"), reason="no virtiofsd: run scripts/setup test")
+needs_testpmd = pytest.mark.skipif(missing("dpdk-testpmd"), reason="no dpdk-testpmd: run scripts/setup test")
 needs_passt = pytest.mark.skipif(missing("passt"), reason="no passt: run scripts/setup test")
 # Each of the three on one of the transports, and on the other where there is time.
 on_pci = pytest.mark.parametrize("pci", ["on", pytest.param("off", marks=pytest.mark.long)])
@@ -142,10 +147,10 @@ def test_a_directory_is_shared(start: StartGuest, serve: Serve, tmp_path: Path, 
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[int]:
-    """The port of a server on this host's loopback, with a file ``data`` of 4 MiB."""
+    """The port of a server on all addresses of this host, with a file ``data`` of 4 MiB."""
     (tmp_path / "data").write_bytes(bytes(range(256)) * (4 * MIB // 256))
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with http.server.ThreadingHTTPServer(("", 0), handler) as server:
         threading.Thread(target=server.serve_forever).start()
         yield server.server_port
         server.shutdown()
@@ -169,3 +174,44 @@ def test_an_interface_needs_no_root_of_the_host(
     wanted = hashlib.md5((tmp_path / "data").read_bytes()).hexdigest()
     assert wanted in guest.run(f"wget -q -O - http://{GATEWAY}:{web}/data | md5sum")
     power_off(guest)
+
+
+@needs_testpmd
+@on_mmio
+def test_an_interface_is_forwarded_by_dpdk(
+    start: StartGuest, serve: Serve, tmp_path: Path, web: int, network: NewNetwork, pci: str
+) -> None:
+    net, socket = network(), tmp_path / "net.socket"
+    tap = f"dpdk{net.number}"
+    serve(_testpmd(socket, tap), socket)
+    _give_address(tap, net)
+    guest: Guest = start(
+        "--net", f"vhost_user=on,socket={socket},mac={MAC}", "--pci", pci, do="shell", cmdline=LOADED
+    )
+    guest.shell()
+    assert guest.run("cat /sys/class/net/eth0/address") == MAC
+    guest.run(f"ip link set eth0 up; ip addr add {net.guest}/24 dev eth0")
+    assert "Received 1" in guest.run(f"arping -c 1 -w 20 -I eth0 {net.host}")
+    wanted = hashlib.md5((tmp_path / "data").read_bytes()).hexdigest()
+    assert wanted in guest.run(f"wget -q -O - http://{net.host}:{web}/data | md5sum")
+    power_off(guest)
+
+
+def _testpmd(socket: Path, tap: str) -> list[str]:
+    """It polls, and leaves the other processor alone."""
+    words = [str(PROGRAMS / "dpdk-testpmd"), "--lcores", "0@0,1@0", "--main-lcore", "0"]
+    words += ["--no-huge", "-m", "256"]
+    words += ["--no-pci", "--no-telemetry", "--iova-mode=va", f"--file-prefix=guest{os.getpid()}"]
+    for plugin in ("net_vhost", "net_tap", "mempool_ring"):
+        words += ["-d", str(LIBRARIES / f"librte_{plugin}.so.25")]
+    words += [f"--vdev=net_vhost0,iface={socket},queues=1", f"--vdev=net_tap0,iface={tap}", "--"]
+    return [*words, "--forward-mode=io", "--auto-start", "--total-num-mbufs=4096", "--stats-period=1000"]
+
+
+def _give_address(tap: str, net: Network) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not Path("/sys/class/net", tap).exists():
+        assert time.monotonic() < deadline, "no TAP"
+        time.sleep(0.05)
+    subprocess.run(["ip", "addr", "add", f"{net.host}/24", "dev", tap], check=True)
+    subprocess.run(["ip", "link", "set", tap, "up"], check=True)
