@@ -32,11 +32,13 @@ from support.nested import run_nested
 from support.setup import setup
 
 RESULTS = CACHE / "results"
+NOT_LONG = ["-m", "not long"]
 GUEST_TIMEOUT = 40 * 60.0  # of one batch
 GUEST_PATIENCE = 7 * 60.0  # for the next result
 GUEST_MACHINES = 4  # for one batch
 NO_TESTS = 5  # pytest's status where none was left
 GUEST_BUDGET = 77 * 60.0  # of all batches: a run that takes longer says where it stood
+LONGER = 5  # times all of these with --long
 BATCH = "PILEUS_TEST_BATCH"  # the name of the only one to run
 # The files of each emulated machine: few enough to end before its buffer of translated code is full, of
 # which guests die (docs/nested.md).
@@ -103,7 +105,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(own)
     chosen = options.tiers or list(TIERS)
     if not options.long:
-        rest = ["-m", "not long", *rest]
+        rest = [*NOT_LONG, *rest]
     for tier in chosen:
         if tier not in TIERS:
             parser.error(f"{tier}: a tier is one of {', '.join(TIERS)}")
@@ -188,8 +190,8 @@ def _guest(arguments: list[str]) -> Outcome:
     wanted = ("vmlinuz", "vmlinux", "vmlinux-nopvh", "initramfs.cpio")
     assets = [path for name in wanted for path in sorted(guests.GUESTS.glob(f"*/{name}"))]
     copy = [ROOT / ".venv", ROOT / "src", ROOT / "tests", *assets]
-
-    end = time.monotonic() + GUEST_BUDGET
+    scale = 1 if NOT_LONG[1] in arguments else LONGER
+    end = time.monotonic() + GUEST_BUDGET * scale
 
     def start(name: str, command: list[str], log: Path) -> int:
         if (left := end - time.monotonic()) < 60:
@@ -200,8 +202,8 @@ def _guest(arguments: list[str]) -> Outcome:
             copy=copy,
             disks=system.scratch_disks(),
             **({"modules": ["tun"]} | MACHINES.get(name, {})),
-            timeout=min(GUEST_TIMEOUT, left),
-            progress=(log, GUEST_PATIENCE),
+            timeout=min(GUEST_TIMEOUT * scale, left),
+            progress=(log, GUEST_PATIENCE * scale),
         )
 
     RESULTS.mkdir(parents=True, exist_ok=True)
