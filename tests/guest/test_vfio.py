@@ -107,7 +107,7 @@ def test_the_guest_passes_it_on_to_a_guest_of_its_own(start: StartGuest, nvme: P
         guest.run("mkdir /host; mount -t virtiofs -o ro host /host; cd /host; mount -t tmpfs tmp tmp")
         guest.run("mount -t devtmpfs dev dev; mount -t proc proc proc; mount -t sysfs sys sys")
         for module in ("kvm-amd", "vfio_iommu_type1 allow_unsafe_interrupts=1", "vfio-pci"):
-            assert guest.run(f"chroot . modprobe -d {ASSETS}/trixie {module}", LONG) == ""
+            assert guest.run(f"chroot . /sbin/modprobe -d {ASSETS}/trixie {module}", LONG) == ""
         device = guest.run("readlink -f /sys/class/nvme/nvme0/device")
         name = os.path.basename(device)
         guest.run(f"echo vfio-pci >{device}/driver_override; echo {name} >{device}/driver/unbind")
