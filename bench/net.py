@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from support.bench import Options, Row
-from support.host import PYTHON, ROOT, ScriptError
+from support.host import ScriptError
 from support.net_load import (
     CASES,
     DEVICE_CPU,
@@ -26,14 +26,13 @@ from support.net_load import (
     FEATURES,
     INTERFACE,
     MEMORY,
-    PARTS,
     QUEUE_SIZE,
     RING_PARTS,
     RINGS,
-    SECONDS,
     Case,
     Figure,
     driver,
+    engine,
     expect,
     measure,
     namespace,
@@ -60,22 +59,7 @@ def run(options: Options) -> list[Row]:
 def _rows(case: Case, runs: int) -> list[Row]:
     peers = {QEMU: _qemu} | ({LOOP: _loop} if case.mode != "rr" else {})
     goals = {QEMU: 1.0 if case.mode != "rr" else 0.0}
-    return rows(case, {"pileus": _pileus, **peers}, goals, runs)
-
-
-# -- pileus --------------------------------------------------------------------------------------------
-
-
-def _pileus(case: Case) -> Figure:
-    with shared_memory() as fd:
-        command = [str(PYTHON), str(PARTS / "net_backend.py"), str(fd), INTERFACE, str(DRIVER), case.mode]
-        command += [str(case.length), str(case.gso), str(SECONDS)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-        result = subprocess.run(
-            command, stdout=subprocess.PIPE, close_fds=False, env=environment, check=True, timeout=60
-        )
-    packets, seconds, cpu = result.stdout.split()
-    return Figure(int(packets), float(seconds), float(cpu))
+    return rows(case, {"pileus": engine, **peers}, goals, runs)
 
 
 # -- QEMU ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The device's process of the network benchmark: pileus's virtio-net, its queues set up as a guest would.
 
-``net_backend.py MEMORY_FD INTERFACE PROGRAM MODE LENGTH GSO SECONDS`` runs PROGRAM, the driver's script, and
-prints packets, seconds, and the CPU seconds that this process took meanwhile.
+``net_backend.py MEMORY_FD INTERFACE PROGRAM MODE LENGTH GSO SECONDS IOMMU`` runs PROGRAM, the driver's
+script, and prints packets, seconds, and the CPU seconds that this process took meanwhile.
 """
 
 import os
@@ -11,6 +11,7 @@ import time
 
 from pileus.config.model import NetConfig
 from pileus.memory import GuestMemory, Region
+from pileus.testing.memory import page_by_page
 from pileus.virtio import status
 from pileus.virtio.control import Control
 from pileus.virtio.devices.net import open_net
@@ -20,11 +21,13 @@ DEVICE_CPU, DRIVER_CPU = 0, 1
 
 
 def main(
-    memory_fd: int, interface: str, program: str, mode: str, length: str, gso: str, seconds: str
+    memory_fd: int, interface: str, program: str, mode: str, length: str, gso: str, seconds: str, iommu: str
 ) -> None:
     os.sched_setaffinity(0, {DEVICE_CPU})
     device = open_net(NetConfig(tap=interface, mac="2e:00:00:00:00:01"), 0)
     memory = GuestMemory([(0, Region(memory_fd, os.fstat(memory_fd).st_size))])
+    if int(iommu):
+        device.iommu = page_by_page(memory.ranges[0][1])
     control = Control(device, memory)
     for bits in (1, 3):
         control.set_status(bits)

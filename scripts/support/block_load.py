@@ -14,21 +14,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from support.bench import Row
 from support.host import ROOT, ScriptError
 from support.vhost_front import VhostFront
 
-if TYPE_CHECKING:
-    from pileus.memory import Translation
-
 sys.path.insert(0, str(ROOT / "src"))
 
 DISK_SIZE = 512 << 20
 MEMORY_SIZE = 64 << 20
-PAGE = 4096
-READ_AND_WRITE = 3
 RING_SIZE = 256
 SECONDS = 1.0  # of each run
 DRIVER_CPU, SERVER_CPU = 0, (os.cpu_count() or 1) - 1
@@ -157,6 +151,7 @@ def engine(*, behind_iommu: bool = False) -> Serve:
     @contextmanager
     def serve(disk: Path, memory, load, kick: int, call: int) -> Iterator[int]:  # type: ignore[no-untyped-def]
         from pileus.block.open import open_image
+        from pileus.testing.memory import page_by_page
         from pileus.virtio.devices.blk import Blk
 
         ready = os.eventfd(0)
@@ -166,7 +161,7 @@ def engine(*, behind_iommu: bool = False) -> Serve:
                 os.sched_setaffinity(0, {SERVER_CPU})
                 image = open_image(os.fspath(disk), format="raw", readonly=True)
                 device = Blk("disk", image, queue_size=RING_SIZE)
-                iommu = _pages() if behind_iommu else None
+                iommu = page_by_page(MEMORY_SIZE) if behind_iommu else None
                 (queue,) = device.queues
                 os.dup2(kick, queue.kick_fd)
                 queue.size, queue.call_fd = RING_SIZE, call
@@ -188,18 +183,6 @@ def engine(*, behind_iommu: bool = False) -> Serve:
             os.waitpid(pid, 0)
 
     return serve
-
-
-def _pages() -> "Translation":
-    """Reaches all memory where it is, each page by a mapping of its own, as Linux maps buffers."""
-    from pileus.memory._iommu import Iommu
-
-    iommu = Iommu(bypass=False)
-    endpoint = iommu.add_endpoint(8, "disk")
-    iommu.attach(endpoint, 1)
-    for page in range(0, MEMORY_SIZE, PAGE):
-        iommu.map(iommu.domains[1], page, page + PAGE - 1, page, READ_AND_WRITE)
-    return endpoint
 
 
 def behind_socket(command: Callable[[Path, Path], list[str]]) -> Serve:

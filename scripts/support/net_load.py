@@ -117,6 +117,19 @@ def _row(
     return Row(metric, unit, own, other, peer, ratio, runs, verdict)
 
 
+def engine(case: Case, *, behind_iommu: bool = False) -> Figure:
+    """pileus's device, in a process by itself; ``behind_iommu``: each page mapped by itself, too."""
+    with shared_memory() as fd:
+        command = [str(PYTHON), str(PARTS / "net_backend.py"), str(fd), INTERFACE, str(DRIVER), case.mode]
+        command += [str(case.length), str(case.gso), str(SECONDS), str(int(behind_iommu))]
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, close_fds=False, env=environment, check=True, timeout=60
+        )
+    packets, seconds, cpu = result.stdout.split()
+    return Figure(int(packets), float(seconds), float(cpu))
+
+
 @contextmanager
 def namespace(*, tap: bool = True) -> Iterator[None]:
     """This thread, and what it starts, in a network namespace that has the TAP, if any, and nothing else."""

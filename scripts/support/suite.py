@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from support import guests, system
+from support import guests, nvme, system
 from support.host import CACHE, PYTHON, ROOT, TOOLS, ScriptError, has_full_kvm, run, say
 from support.nested import run_nested
 from support.setup import setup
@@ -51,20 +51,8 @@ BATCHES = {
     "direct": {"test_fs", "test_iommu", "test_pmem", "test_vfio_user"},
     "host-devices": {"test_vfio"},
 }
-# What an emulated machine of this batch has besides: an IOMMU, and an NVMe controller to pass through.
-NVME, NVME_SIZE = RESULTS / "nvme.img", 64 << 20
-MACHINES: dict[str, dict[str, Any]] = {
-    "host-devices": {
-        "machine": "q35,kernel-irqchip=split",
-        "append": "intel_iommu=on",
-        "modules": ["tun", "vfio-pci", "nvme"],
-        "qemu": [
-            "-device", "intel-iommu,intremap=on",
-            "-drive", f"if=none,id=nvme,file={NVME},format=raw",
-            "-device", "nvme,serial=pileus,drive=nvme",
-        ],
-    }
-}  # fmt: skip
+# What an emulated machine of this batch has besides.
+MACHINES: dict[str, dict[str, Any]] = {"host-devices": nvme.MACHINE}
 # Two guests at a time: the emulated machine has two processors, and a guest mostly uses one.
 GUEST_WORKERS = 2
 # Unit tests that skip themselves, in part, where the host's KVM cannot run stock kernels.
@@ -206,9 +194,7 @@ def _guest(arguments: list[str]) -> Outcome:
             progress=(log, GUEST_PATIENCE * scale),
         )
 
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with NVME.open("wb") as file:
-        file.truncate(NVME_SIZE)
+    nvme.make_image()
     outcome = Outcome()
     for name, files in _guest_batches().items():
         if os.environ.get(BATCH, name) == name:

@@ -4,12 +4,15 @@ docs/reference-tests.md says which rows they prove. Where the original logs in b
 reports on its serial console, or by the debug port where it has none.
 """
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.guest.conftest import StartGuest, StartSystem
+from tests.guest import within
+from tests.guest.conftest import NewNetwork, StartGuest, StartSystem
 from tests.guest.guest import TRIXIE, TRIXIE_PVH, Facts, Guest, Kernel
 from tests.guest.system import QUIET, System
 
@@ -51,6 +54,29 @@ def test_multi_cpu(start: StartGuest) -> None:
 def test_large_memory(start: StartGuest) -> None:
     _, facts = report(start, memory="size=5120M")
     assert facts.number("memtotal_kb") > 5_000_000
+
+
+def test_vfio(start: StartGuest, network: NewNetwork, tmp_path: Path) -> None:
+    """A guest passes its interface, behind the virtual IOMMU, on to a guest of its own, which pileus runs."""
+    net = network()
+    with within.shared_root(tmp_path / "fs.socket") as share:
+        guest: Guest = start(
+            *share, "--net", f"{net.option},iommu=on", kernel=TRIXIE, do="shell", memory="size=1G",
+            cmdline="console=ttyS0 quiet pileus.modules=virtio",
+        )  # fmt: skip
+        guest.shell()
+        within.prepare(guest)
+        path = os.path.dirname(guest.run("readlink -f /sys/class/net/eth0/device"))
+        within.rebind(guest, path, "vfio-pci")
+        within.begin(guest, "--device", f"path={path}")
+        assert guest.run("cat /sys/class/net/eth0/address") == net.mac
+        guest.run(f"ip link set eth0 up; ip addr add {net.guest}/24 dev eth0")
+        assert "Received 3" in guest.run(f"arping -c 3 -I eth0 {net.host}")
+        ping = subprocess.run(["ping", "-c", "3", net.guest], capture_output=True, text=True, check=False)
+        assert " 0% packet loss" in ping.stdout
+        within.end(guest)
+        guest.type("poweroff -f\n")
+        assert guest.wait() == 0
 
 
 @pytest.mark.parametrize("gib", [72, pytest.param(128, marks=pytest.mark.long)])

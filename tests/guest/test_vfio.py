@@ -5,22 +5,19 @@ it (batch "host-devices"). Its contents are lost.
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.guest import within
 from tests.guest.conftest import StartGuest
-from tests.guest.guest import ASSETS, PILEUS, TRIXIE, TRIXIE_PVH, Guest
-from tests.peer.vhost_user import Backend
+from tests.guest.guest import TRIXIE, Guest
 
 NVME_CLASS, QEMU_VENDOR = "0x010802", "0x1b36"
 DEVICES = Path("/sys/bus/pci/devices")
 MEMORY = "size=512M"
 CMDLINE = "console=ttyS0 quiet pileus.modules=virtio"
-PILEUS_FS = Path(sys.prefix) / "bin" / "pileus-fs"
-LONG = 600.0  # seconds: each level of virtual machines takes its toll
 pytestmark = [pytest.mark.needs("--device"), pytest.mark.xdist_group("nvme")]
 
 
@@ -52,12 +49,13 @@ def nvme() -> Iterator[Path]:
     (path / "driver_override").write_text("\n")
 
 
+_APPEARS = "until [ -b /dev/nvme0n1 ]; do usleep 50000; done"
 _READ = "dd if=/dev/nvme0n1 bs=1M skip=1 count=4 iflag=direct 2>/dev/null | md5sum"
 
 
 def _write_and_verify(guest: Guest) -> str:
     """Return what the guest says of what is then on the disk, when asked by ``_READ``."""
-    guest.run("until [ -b /dev/nvme0n1 ]; do usleep 50000; done")
+    guest.run(_APPEARS)
     told = guest.run("dd if=/dev/urandom of=/tmp/data bs=1M count=4 2>/dev/null; md5sum </tmp/data")
     guest.run("dd if=/tmp/data of=/dev/nvme0n1 bs=1M seek=1 oflag=direct conv=fsync 2>/dev/null")
     guest.run("echo 3 >/proc/sys/vm/drop_caches")
@@ -93,44 +91,19 @@ def test_a_device_that_is_not_bound_to_vfio_is_told_of(start: StartGuest) -> Non
 
 @pytest.mark.long
 def test_the_guest_passes_it_on_to_a_guest_of_its_own(start: StartGuest, nvme: Path, tmp_path: Path) -> None:
-    """The guest sees this machine's files, so that it has pileus as well, and behind the virtual IOMMU the
-    controller, whose DMA it confines to its own guest's memory."""
-    socket = tmp_path / "fs.socket"
-    share = [str(PILEUS_FS), "--backend", "path=/,readonly=on,cache=always", "--socket", str(socket)]
-    with Backend(share, socket):
-        guest: Guest = start(
-            "--fs", f"tag=host,socket={socket},dax=off", "--device", f"path={nvme},id=nvme,iommu=on",
-            kernel=TRIXIE, do="shell", memory="size=1G", cmdline=CMDLINE,
-        )  # fmt: skip
+    """Behind the virtual IOMMU, which confines its DMA to the memory of that guest."""
+    with within.shared_root(tmp_path / "fs.socket") as share:
+        device = ("--device", f"path={nvme},id=nvme,iommu=on")
+        guest: Guest = start(*share, *device, kernel=TRIXIE, do="shell", memory="size=1G", cmdline=CMDLINE)
         guest.shell()
-        guest.run("until [ -b /dev/nvme0n1 ]; do usleep 50000; done")
-        guest.run("mkdir /host; mount -t virtiofs -o ro host /host; cd /host; mount -t tmpfs tmp tmp")
-        guest.run("mount -t devtmpfs dev dev; mount -t proc proc proc; mount -t sysfs sys sys")
-        for module in ("kvm-amd", "vfio_iommu_type1 allow_unsafe_interrupts=1", "vfio-pci"):
-            assert guest.run(f"chroot . /sbin/modprobe -d {ASSETS}/trixie {module}", LONG) == ""
-        device = guest.run("readlink -f /sys/class/nvme/nvme0/device")
-        name = os.path.basename(device)
-        guest.run(f"echo vfio-pci >{device}/driver_override; echo {name} >{device}/driver/unbind")
-        guest.run(f"echo {name} >/sys/bus/pci/drivers_probe")
-        words = ["--kernel", str(TRIXIE_PVH.path), "--initramfs", str(TRIXIE_PVH.initramfs)]
-        words += ["--memory", "size=256M", "--console", "off", "--serial", "tty"]
-        words += [
-            "--device",
-            f"path={device}",
-            "--cmdline",
-            f"'{CMDLINE} panic=-1 pileus.do=shell innermost'",
-        ]
-        guest.type(f"chroot . {PILEUS} {' '.join(words)}\n")
-        guest.expect("pileus-init", LONG)
-        guest.shell(LONG)
-        assert "innermost" in guest.run("cat /proc/cmdline", LONG)
+        within.prepare(guest)
+        path = guest.run("readlink -f /sys/class/nvme/nvme0/device")
+        within.rebind(guest, path, "vfio-pci")
+        within.begin(guest, "--device", f"path={path}")
         told = _write_and_verify(guest)
-        guest.type("poweroff -f\n")
-        guest.shell(LONG)
-        assert "innermost" not in guest.run("cat /proc/cmdline")
-        guest.run(f"echo >{device}/driver_override; echo {name} >{device}/driver/unbind")
-        guest.run(f"echo {name} >/sys/bus/pci/drivers_probe")
-        guest.run("until [ -b /dev/nvme0n1 ]; do usleep 50000; done")
+        within.end(guest)
+        within.rebind(guest, path)
+        guest.run(_APPEARS)
         assert guest.run(_READ) == told
         guest.type("poweroff -f\n")
         assert guest.wait() == 0

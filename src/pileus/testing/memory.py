@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pileus.memory import GuestMemory, Region
-from pileus.memory._iommu import Endpoint
+from pileus.memory._iommu import Endpoint, Iommu
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -73,6 +73,16 @@ def _is_guard(hva: int) -> bool:
             if start <= hva < end:
                 return access.startswith("---")
     return False
+
+
+def page_by_page(size: int) -> Endpoint:
+    """What reaches ``size`` bytes from 0 where they are, each page by a mapping of its own."""
+    iommu = Iommu(bypass=False)
+    endpoint = iommu.add_endpoint(8, "device")
+    iommu.attach(endpoint, 1)
+    for page in range(0, size, PAGE):
+        iommu.map(iommu.domains[1], page, page + PAGE - 1, page, READ | WRITE)
+    return endpoint
 
 
 class Scrambled:
