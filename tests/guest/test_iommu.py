@@ -4,7 +4,9 @@ import functools
 import hashlib
 import http.server
 import os
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.guest.system import System, segment, why_not
 pytestmark = pytest.mark.needs("--disk", "--net", "--vsock")
 
 MIB = 1 << 20
+PATIENCE = 120.0
 CMDLINE = "console=ttyS0 quiet pileus.modules=virtio"
 # Devices behind an IOMMU are probed again, some time after its driver has come.
 GROUPS = """
@@ -176,7 +179,35 @@ echo "raw=$(sha256sum </dev/vda | cut -c 1-64)"
     assert fields(text, "raw") == [hashlib.sha256(data).hexdigest()]
 
 
-def test_debian_works_with_a_disk_and_an_interface_behind_it(network: NewNetwork, folder: Path) -> None:
+VSOCK_PORT = 1024
+COLLECTOR = f"""
+import socket
+server = socket.socket(socket.AF_VSOCK)
+server.bind((socket.VMADDR_CID_ANY, {VSOCK_PORT}))
+server.listen()
+one, _ = server.accept()
+one.sendall(b"".join(iter(lambda: one.recv(65536), b"")))
+"""
+# The driver leaves its device, and all its mappings go, while requests are on their way; then it comes back.
+LEAVE_UNDER_LOAD = """
+cd /sys/bus/virtio/drivers/virtio_blk
+disk=/dev/disk/by-id/virtio-second
+for round in 1 2 3 4 5; do
+    name=$(basename "$(readlink -f /sys/block/$(basename "$(readlink -f $disk)")/device)")
+    dd if=$disk of=/dev/null bs=64k iflag=direct 2>/dev/null &
+    dd if=$disk of=/dev/null bs=4k iflag=direct skip=1000 2>/dev/null &
+    sleep 0.3
+    echo $name >unbind
+    wait
+    echo $name >bind
+    udevadm settle
+done
+"""
+
+
+def test_debian_works_with_a_disk_an_interface_and_sockets_behind_it(
+    network: NewNetwork, folder: Path
+) -> None:
     """Its load is that of a real system; ssh is by the interface."""
     if reason := why_not():
         pytest.skip(reason)
@@ -188,16 +219,39 @@ def test_debian_works_with_a_disk_and_an_interface_behind_it(network: NewNetwork
         [way_in],
         folder,
         cpus="2",
-        disks=(f"path={second},iommu=on,num_queues=2",),
+        disks=(f"path={second},iommu=on,num_queues=2,serial=second",),
         network_keys={way_in.number: ",iommu=on"},
+        more=("--vsock", f"cid=3,socket={folder}/vsock,iommu=on"),
     ) as system:
         system.connect()
         groups = system.check("ls -d /sys/kernel/iommu_groups/*/devices/* | xargs -n 1 basename | sort")
-        assert groups.split() == ["0000:00:02.0", "0000:00:03.0"]
+        assert groups.split() == ["0000:00:02.0", "0000:00:03.0", "0000:00:05.0"]
         system.check(
             "mkfs.ext4 -q -F /dev/vdb && mount /dev/vdb /mnt && cp -a /usr/bin /mnt/copy && sync"
             " && echo 3 >/proc/sys/vm/drop_caches"
             " && diff -r --no-dereference /usr/bin /mnt/copy && umount /mnt"
         )
+        system.check(f"cat >collector <<'END'\n{COLLECTOR}END\npython3 collector >collected 2>&1 &")
+        data = os.urandom(8 * MIB)
+        assert _sent_and_given_back(folder / "vsock", data) == data
+        told = system.check("md5sum </dev/disk/by-id/virtio-second")
+        system.check(LEAVE_UNDER_LOAD)
+        assert system.check("md5sum </dev/disk/by-id/virtio-second") == told
         assert not system.run("dmesg | grep -iE 'fault from|i/o error'").stdout
         assert system.power_off() == 0
+
+
+def _sent_and_given_back(path: Path, data: bytes) -> bytes:
+    """What the guest's COLLECTOR answers to ``data``; it may have yet to listen."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.settimeout(PATIENCE)
+            one.connect(str(path))
+            one.sendall(b"CONNECT %d\n" % VSOCK_PORT)
+            if one.recv(64).startswith(b"OK "):
+                one.sendall(data)
+                one.shutdown(socket.SHUT_WR)
+                return b"".join(iter(lambda: one.recv(65536), b""))
+        assert time.monotonic() < deadline, "nobody listens in the guest"
+        time.sleep(0.2)
