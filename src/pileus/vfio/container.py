@@ -14,7 +14,16 @@ from pileus.vfio import abi
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from pileus.memory import GuestMemory
+
+    class Assigned(Protocol):
+        """What is told of groups, such as a kvm.assigned.Assigned."""
+
+        def add(self, fd: int) -> None: ...
+        def remove(self, fd: int) -> None: ...
+
 
 PATH = "/dev/vfio/vfio"
 VFIO = 0x3B64  # _IO(';', 100), the first of the ioctls
@@ -37,11 +46,12 @@ ANYWHERE = (1 << 64) - 1
 class Container:
     """Devices in it see nothing of ``memory``, which outlives it, until it is mapped, and thereby pinned.
 
-    Raises HostError, ConfigError.
+    ``assigned`` is told of them, and outlives it, too. Raises HostError, ConfigError.
     """
 
-    def __init__(self, memory: "GuestMemory") -> None:
+    def __init__(self, memory: "GuestMemory", assigned: "Assigned | None" = None) -> None:
         self._memory = memory
+        self._assigned = assigned
         self.last = ANYWHERE  # address that can be mapped, once a device is there
         self._groups: dict[str, int] = {}  # path -> descriptor
         self._fd = _open(PATH)
@@ -105,7 +115,10 @@ class Container:
     def close(self) -> None:
         """After the devices."""
         while self._groups:
-            os.close(self._groups.popitem()[1])
+            fd = self._groups.popitem()[1]
+            if self._assigned is not None:
+                self._assigned.remove(fd)
+            os.close(fd)
         os.close(self._fd)
 
     def _group(self, path: str) -> int:
@@ -134,6 +147,8 @@ class Container:
             fcntl.ioctl(fd, GROUP_SET_CONTAINER, self._fd.to_bytes(4, "little"))
             if not self._groups:
                 self._set_iommu()
+            if self._assigned is not None:
+                self._assigned.add(fd)
             return fd
         except OSError as error:
             os.close(fd)

@@ -22,14 +22,26 @@ def add(
     from pileus.vm.pci_devices import PciDevices
 
     assert isinstance(carrier, PciDevices), "config.check refuses such devices without PCI"
+    if config.devices:
+        _add_host_devices(config, carrier, memory, loop)
+    for index, user in enumerate(config.user_devices):
+        from pileus.vfio_user.client import Client, connect
+
+        sock = connect("--user-device", user.socket)
+        carrier.pass_through(Client(sock, user.id or f"_vfio_user{index}", memory), loop)
+
+
+def _add_host_devices(config: "VmConfig", carrier: "PciDevices", memory: "GuestMemory", loop: "Loop") -> None:
+    from pileus.kvm.assigned import Assigned
     from pileus.vfio.container import Container
     from pileus.vfio.device import HostDevice
 
+    assigned = carrier.own(Assigned(carrier.vm))
     shared: Container | None = None  # of all that see the memory where the guest does
     for index, device in enumerate(config.devices):
         container = shared
         if container is None or device.iommu:
-            container = carrier.own(Container(memory))
+            container = carrier.own(Container(memory, assigned))
         host = HostDevice(container, device.path, device.id or f"_vfio{index}")
         if device.iommu:
             carrier.pass_through(host, loop, container)
@@ -42,8 +54,3 @@ def add(
                 host.close()
                 raise
         carrier.pass_through(host, loop)
-    for index, user in enumerate(config.user_devices):
-        from pileus.vfio_user.client import Client, connect
-
-        sock = connect("--user-device", user.socket)
-        carrier.pass_through(Client(sock, user.id or f"_vfio_user{index}", memory), loop)

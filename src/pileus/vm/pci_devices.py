@@ -43,7 +43,7 @@ class PciDevices:
         slots: "Slots",
         iommu: "IommuDevice | None" = None,
     ) -> None:
-        self._vm = vm
+        self.vm = vm
         self._memory = memory
         self._cleanup = cleanup
         self._slots = slots
@@ -96,7 +96,7 @@ class PciDevices:
 
     def add(self, device: "VirtioDevice") -> None:
         """Carry ``device`` in the next slot. Raises ConfigError when slots, addresses or GSIs run out."""
-        transport = PciTransport(device, self._memory, self._routes, self._vm, self._slots)
+        transport = PciTransport(device, self._memory, self._routes, self.vm, self._slots)
         self._owners[device is self._iommu].own(transport)
         bdf = self.bus.add(transport) << 3
         if device is self._iommu:
