@@ -33,6 +33,7 @@ PACKAGES = {
         "iperf3",
         "iproute2",
         "iputils-ping",
+        "ndctl",
         "qemu-utils>=10",
         "socat",
     ],

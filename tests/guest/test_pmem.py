@@ -1,6 +1,7 @@
 """Persistent memory with guests on it: what was flushed is there after the VMM was killed."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.guest import within
 from tests.guest.conftest import StartGuest, StartSystem
 from tests.guest.guest import TRIXIE_PVH, Guest, Kernel
 from tests.guest.system import QUIET, copy_of_root, segment
@@ -104,6 +106,23 @@ def test_what_was_flushed_survives_the_vmm(boot: Boot, folder: Path, pci: str, k
     assert f"sum={said['sum']}" in guest.expect(r"script=\d+").replace("\r", "").splitlines()
     assert guest.output.replace("\r", "").rstrip().endswith("script=0")
     assert guest.wait() == 0
+
+
+def test_ndctl_lists_an_nvdimm(start: StartGuest, folder: Path, tmp_path: Path) -> None:
+    with within.shared_root(tmp_path / "fs.socket") as share:
+        file = new_file(folder)
+        guest: Guest = start(*share, "--pmem", f"file={file},nvdimm=on", do="shell", cmdline=MODULES)
+        guest.shell()
+        guest.run(WAIT.strip())
+        within.mount_root(guest)
+        told = json.loads(guest.run("chroot . /usr/bin/ndctl list --regions --dimms --namespaces"))
+        guest.type("poweroff -f\n")
+        assert guest.wait() == 0
+    assert [each["dev"] for each in told["dimms"]] == ["nmem0"]
+    (region,) = told["regions"]
+    assert (region["size"], region["type"]) == (SIZE, "pmem")
+    (namespace,) = region["namespaces"]
+    assert (namespace["mode"], namespace["size"], namespace["blockdev"]) == ("raw", SIZE, "pmem0")
 
 
 def test_discarded_writes_never_reach_the_file(boot: Boot, folder: Path) -> None:

@@ -25,10 +25,15 @@ def shared_root(socket: Path) -> Iterator[list[str]]:
         yield ["--fs", f"tag=host,socket={socket},dax=off"]
 
 
-def prepare(guest: Guest) -> None:
-    """Make /host in ``guest``, and load KVM and VFIO."""
+def mount_root(guest: Guest) -> None:
+    """Make /host in ``guest``, and go there: ``chroot . COMMAND`` then runs what this machine has."""
     guest.run("mkdir /host; mount -t virtiofs -o ro host /host; cd /host; mount -t tmpfs tmp tmp")
     guest.run("mount -t devtmpfs dev dev; mount -t proc proc proc; mount -t sysfs sys sys")
+
+
+def prepare(guest: Guest) -> None:
+    """The same, and load KVM and VFIO."""
+    mount_root(guest)
     for module in MODULES:
         assert guest.run(f"chroot . /sbin/modprobe -d {ASSETS / SUITE} {module}", PATIENCE) == ""
 
