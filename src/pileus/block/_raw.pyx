@@ -43,7 +43,7 @@ cdef extern from "<sys/ioctl.h>" nogil:
 
 
 cdef extern from "<linux/fs.h>":
-    unsigned long BLKSSZGET, BLKPBSZGET, BLKGETSIZE64, BLKDISCARD, BLKZEROOUT
+    unsigned long BLKSSZGET, BLKPBSZGET, BLKGETSIZE64, BLKROGET, BLKDISCARD, BLKZEROOUT
 
 
 cdef extern from "<fcntl.h>" nogil:
@@ -101,13 +101,15 @@ cdef class RawImage(Image):
         self.fd = fd
 
     cdef _ask_device(self, int fd, rdev):
-        cdef int logical = 0
+        cdef int logical = 0, protected = 0
         cdef unsigned int physical = 0
         cdef uint64_t size = 0
         if ioctl(fd, BLKSSZGET, &logical) < 0 or ioctl(fd, BLKPBSZGET, &physical) < 0:
             raise OSError(errno, os.strerror(errno))
         if ioctl(fd, BLKGETSIZE64, &size) < 0:
             raise OSError(errno, os.strerror(errno))
+        if ioctl(fd, BLKROGET, &protected) == 0 and protected and not self.readonly:
+            raise ValueError("the device can only be read: say readonly=on")
         self.size = size // SECTOR * SECTOR
         self.logical_block = max(<uint32_t>logical, <uint32_t>SECTOR)
         self.physical_block = max(self.logical_block, physical)
