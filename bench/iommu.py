@@ -27,7 +27,7 @@ from support.net_load import engine as net_engine
 GOALS = ("bench",)
 BEHIND, WITHOUT = "behind the virtual IOMMU", "without"
 GUEST = guests.GUESTS / "trixie"
-REQUESTS = 4000
+REQUESTS = 2000
 PATIENCE = 600.0
 DISKS = {"VFIO NVMe": "nvme0n1", "virtio-blk": "vda"}
 # Reads a disk of 64 MiB that nothing caches, and tells the time: /proc/uptime is of 10 ms.

@@ -40,19 +40,25 @@ Serve = Callable[..., object]
 
 def compared(own: str, servers: dict[str, Serve], runs: int) -> list[Row]:
     """Figures of ``own`` beside those of each other server, and of reading the file without any."""
-    _go_first()
-    with tempfile.TemporaryDirectory() as scratch:
+    with _going_first(), tempfile.TemporaryDirectory() as scratch:
         disk = Path(scratch, "disk")
         _make_disk(disk)
         return [row for shape in SHAPES for row in _rows(own, servers, shape, disk, runs)]
 
 
-def _go_first() -> None:
+@contextmanager
+def _going_first() -> Iterator[None]:
     """Before whatever else runs on this machine: driver and servers alike, which inherit it."""
+    cpus = os.sched_getaffinity(0)
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     except PermissionError:
         pass
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.sched_setaffinity(0, cpus)
 
 
 def _make_disk(path: Path) -> None:
