@@ -4,7 +4,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,12 +11,12 @@ import pytest
 
 from tests.guest.conftest import StartGuest
 from tests.guest.guest import Guest
+from tests.listening import await_listener
 from tests.peer.vhost_user import PROGRAMS
 
 MIB = 1 << 20
 COMMAND = Path(sys.prefix) / "bin" / "pileus-fs"
 LOADED = "console=ttyS0 quiet pileus.modules=virtio"
-PATIENCE = 20.0
 LONG = 600.0
 pytestmark = pytest.mark.needs("--fs")
 
@@ -33,9 +32,7 @@ class Share:
 
     def start(self) -> None:
         self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + PATIENCE
-        while not self.socket.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        await_listener(self.process, self.socket)
 
     def kill(self) -> None:
         self.process.kill()

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 
 from tests.guest.conftest import StartGuest
 from tests.guest.guest import ASSETS, TRIXIE_PVH, Guest
+from tests.listening import await_listener
 
 MIB = 1 << 20
 CMDLINE = "console=ttyS0 quiet mem=384M iomem=relaxed"
@@ -24,7 +24,6 @@ SPARE = 400 * MIB  # RAM that the guest's kernel leaves alone, of 512 MiB
 SOURCE, TARGET, LENGTH, STATUS, DOORBELL, COUNT = 0x00, 0x08, 0x10, 0x14, 0x18, 0x1C
 DONE, FAILED = 1, 2
 ENGINE = "PCI_ID=1AF4:10F7"
-PATIENCE = 20.0
 pytestmark = pytest.mark.needs("--user-device")
 
 
@@ -35,9 +34,7 @@ class Engine:
         self.socket = socket
         command = [sys.executable, "-m", "pileus.vfio_user.devices.copy_engine", str(socket)]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + PATIENCE
-        while not socket.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        await_listener(self.process, socket)
 
     def stop(self) -> None:
         self.process.kill()

@@ -17,7 +17,8 @@ from tests.guest import system
 from tests.guest.conftest import NewNetwork, StartGuest
 from tests.guest.guest import Guest
 from tests.guest.system import Network
-from tests.peer.vhost_user import LIBRARIES, PATIENCE, PROGRAMS, Backend, missing
+from tests.listening import PATIENCE
+from tests.peer.vhost_user import LIBRARIES, PROGRAMS, Backend, missing
 
 DAEMON = "qemu-storage-daemon"
 MIB = 1 << 20

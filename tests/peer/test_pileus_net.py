@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.peer.vhost_user import LIBRARIES, PATIENCE, PROGRAMS, missing
+from tests.listening import PATIENCE
+from tests.peer.vhost_user import LIBRARIES, PROGRAMS, missing
 from tests.unit.net.namespace import Namespace, packet_socket
 from tests.unit.vhost_user.commands import Process
 

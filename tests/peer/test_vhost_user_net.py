@@ -11,7 +11,8 @@ import pytest
 from pileus.testing import FakeDriver
 from pileus.vhost_user.connection import Client
 from pileus.vhost_user.devices.net import VhostUserNet
-from tests.peer.vhost_user import LIBRARIES, PATIENCE, PROGRAMS, Backend, driving, missing
+from tests.listening import PATIENCE
+from tests.peer.vhost_user import LIBRARIES, PROGRAMS, Backend, driving, missing
 
 needs_passt = pytest.mark.skipif(missing("passt"), reason="no passt: run scripts/setup test")
 needs_testpmd = pytest.mark.skipif(missing("dpdk-testpmd"), reason="no dpdk-testpmd: run scripts/setup test")

@@ -2,7 +2,6 @@
 
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Self
 from pileus.testing import FakeDriver
 from pileus.vhost_user.devices.device import VhostUserDevice
 from pileus.vmm.loop import Loop
+from tests.listening import PATIENCE, await_listener
 
 PEERS = Path(__file__).parents[2] / ".cache" / "peers"
 PROGRAMS = PEERS / "bin"
 LIBRARIES = PEERS / "usr/lib/x86_64-linux-gnu"
-PATIENCE = 10.0
 
 
 class Backend:
@@ -30,11 +29,7 @@ class Backend:
     def start(self) -> None:
         self.socket.unlink(missing_ok=True)
         self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + PATIENCE
-        while not self.socket.exists():
-            assert self.process.poll() is None, f"{self.command[0]} ended: {self.process.returncode}"
-            assert time.monotonic() < deadline, f"{self.command[0]} does not listen"
-            time.sleep(0.01)
+        await_listener(self.process, self.socket)
 
     def kill(self) -> None:
         self.process.kill()

@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.listening import PATIENCE, await_listener
+
 ROOT = Path(__file__).parents[3]
-PATIENCE = 60.0  # seconds; machines may be busy
 
 
 def command(name: str, *words: str) -> list[str]:
@@ -32,11 +32,7 @@ class Process:
     def start(self) -> None:
         self.socket.unlink(missing_ok=True)
         self.process = subprocess.Popen(self.words, stdin=subprocess.DEVNULL, env=environment())
-        deadline = time.monotonic() + PATIENCE
-        while not self.socket.exists():
-            assert self.process.poll() is None, f"it ended: {self.process.returncode}"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        await_listener(self.process, self.socket)
 
     def kill(self) -> None:
         self.process.kill()

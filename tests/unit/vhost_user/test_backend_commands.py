@@ -14,10 +14,11 @@ from pileus.loop import Loop
 from pileus.vhost_user.connection import Client, Server
 from pileus.vhost_user.devices.blk import VhostUserBlk
 from pileus.virtio import status
+from tests.listening import PATIENCE
 from tests.unit.net.namespace import skip_unless_possible
 from tests.unit.virtio.devices.disks import OK, SECTOR, Disk
 
-from .commands import PATIENCE, Process, command, environment
+from .commands import Process, command, environment
 from .test_backend import blk, driving
 from .writer import BLOCK, BLOCKS, Writer
 
